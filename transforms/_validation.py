@@ -1,0 +1,64 @@
+"""Checks of what a caller passes: each error names the value, the rule it breaks and the way out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+def check_nonnegative(name: str, value: Any, remedy: str) -> None:
+    """Raise unless `value` is a finite real number >= 0 (or traced, hence unknown here)."""
+    _check_number(name, value, lambda x: (x >= 0) & np.isfinite(x), "a finite number >= 0", remedy)
+
+
+def check_decay(name: str, value: Any) -> None:
+    """Raise unless `value` can be the decay of a moving average: a real number in [0, 1)."""
+    remedy = "0 keeps the last step only, 0.9 and 0.99 average over about 10 and 100 steps"
+    _check_number(name, value, lambda x: (x >= 0) & (x < 1), "in [0, 1)", remedy)
+
+
+def _check_number(name: str, value: Any, holds: Callable[[np.ndarray], Any], rule: str, remedy: str) -> None:
+    try:
+        number = np.asarray(value)
+    except jax.errors.TracerArrayConversionError:
+        return  # Under jit or vmap the value is not known yet, so there is nothing to compare.
+    if not (jnp.issubdtype(number.dtype, jnp.floating) or jnp.issubdtype(number.dtype, jnp.integer)):
+        raise TypeError(
+            f"{name} must be a real number or an array of real numbers, got {value!r}. Schedules go in through "
+            "optax.inject_hyperparams around a function that builds the optimizer."
+        )
+    if not np.all(holds(number.astype(np.float64))):
+        raise ValueError(f"{name} must be {rule}, got {value!r}: {remedy}.")
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Raise unless `value` is an optax gradient transformation."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation such as optax.adam(1e-3), got {value!r}. Call the "
+            "factory first (optax.adam(1e-3), not optax.adam), and pass statistic= and mask= by keyword."
+        )
+
+
+def check_state_dtype(value: Any) -> None:
+    """Raise unless `value` is None or a floating-point dtype."""
+    if value is not None and not jnp.issubdtype(value, jnp.floating):
+        raise TypeError(
+            f"state_dtype must be a floating-point dtype such as jnp.float32, got {value!r}; None stores each "
+            "moment in its parameter's own dtype."
+        )
+
+
+def check_float_leaves(params: optax.Params) -> None:
+    """Raise unless every leaf of `params` is real floating-point: a variance of anything else is not defined here."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"The gate needs real floating-point parameters, got {dtype} at params{jax.tree_util.keystr(path)}. "
+                "Keep such leaves out with optax.masked or optax.partition; wrap complex ones with "
+                "optax.contrib.split_real_and_imaginary."
+            )
