@@ -1,0 +1,23 @@
+"""Per-example Jacobians and empirical neural tangent kernels in JAX."""
+
+import entk._numerics_guard  # noqa: F401  (first: refuses a jaxlib whose results are wrong)
+from entk._evolution import (
+    centered_kernel_alignment,
+    effective_rank,
+    kernel_drift,
+    principal_angles,
+    target_alignment,
+)
+from entk._jacobian import jacobian
+from entk._ntk import empirical_ntk, ntk_vector_product
+
+__all__ = [
+    "centered_kernel_alignment",
+    "effective_rank",
+    "empirical_ntk",
+    "jacobian",
+    "kernel_drift",
+    "ntk_vector_product",
+    "principal_angles",
+    "target_alignment",
+]

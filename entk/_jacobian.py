@@ -1,0 +1,86 @@
+"""Per-example Jacobians of the outputs in the parameters."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from entk._checks import ApplyFn, PyTree, check_apply, check_fits, check_microbatch_size, num_params
+
+# TF32 and bfloat16 passes would break symmetry and positive semi-definiteness of K on accelerators.
+PRECISION = jax.lax.Precision.HIGHEST
+
+
+def example_jacobian(apply_fn: ApplyFn, params: PyTree, x_i: PyTree) -> list[Array]:
+    """Jacobian of one example as one `(c, leaf size)` block a parameter leaf, in `ravel_pytree` order."""
+
+    def outputs(params):
+        return apply_fn(params, jax.tree.map(lambda leaf: leaf[None], x_i)).reshape(-1)
+
+    jac = jax.jacrev(outputs)(params)
+    return [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(jac)]
+
+
+def jacobian(
+    apply_fn: ApplyFn, params: PyTree, x: PyTree, *, microbatch_size: int | None = None
+) -> Float[Array, "n c p"]:
+    """Per-example Jacobian J[i, a] = ∂ apply_fn(w, x)[i, a] / ∂w (theory §1).
+
+    Args:
+      apply_fn: pure function `(params, x) -> (n, c)` or `(n,)` that treats examples independently. It is a static
+        argument of a jitted function: define it once, a new lambda at every call compiles anew.
+      params: pytree of floating-point arrays of one dtype, p scalars in all.
+      x: inputs, an array or a pytree of arrays with n rows.
+      microbatch_size: examples differentiated at once; a remainder is allowed. None takes all n.
+
+    Returns:
+      Array of shape (n, c, p), parameters flattened in `jax.flatten_util.ravel_pytree` order. Unit: output per unit of
+      parameter.
+
+    Raises:
+      TypeError, ValueError: outputs that are not (n, c) or (n,), mixed or integer dtypes, zero examples.
+      MemoryError: the Jacobian would not fit; nothing has been allocated then.
+
+    Not supported: models that mix examples (batch statistics), parameters that are not floating point.
+
+    Cost: c vector-Jacobian products an example, n·c·p numbers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entk import jacobian
+      >>> linear = lambda w, x: x @ w
+      >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> jacobian(linear, jnp.ones((2, 1)), x)[:, 0]
+      Array([[1., 2.],
+             [3., 4.]], dtype=float64)
+    """
+    check_microbatch_size(microbatch_size)
+    spec = check_apply(apply_fn, params, x)
+    shape = (spec.num_examples, spec.num_outputs, num_params(params))
+    n, c, p = shape
+    check_fits(
+        n * c * p * spec.dtype.itemsize,
+        f"the {n} x {c} x {p:,} {spec.dtype} Jacobian",
+        "Use empirical_ntk(..., microbatch_size=...), which never holds all of it, or ntk_vector_product, which holds "
+        "none of it.",
+    )
+    return _jacobian(apply_fn, params, x, microbatch_size)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _jacobian(apply_fn, params, x, microbatch_size):
+    def rows(x_i):
+        return jnp.concatenate(example_jacobian(apply_fn, params, x_i), axis=1)
+
+    return map_examples(rows, x, microbatch_size)
+
+
+def map_examples(function, x: PyTree, microbatch_size: int | None) -> PyTree:
+    """`vmap` over examples, at most `microbatch_size` of them at a time."""
+    n = jax.tree.leaves(x)[0].shape[0]
+    if microbatch_size is None or microbatch_size >= n:
+        return jax.vmap(function)(x)
+    return jax.lax.map(function, x, batch_size=microbatch_size)

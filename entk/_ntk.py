@@ -1,0 +1,149 @@
+"""The empirical neural tangent kernel, contracted leaf by leaf from per-example Jacobians.
+
+This is the simple implementation: it stays as the oracle for every faster one.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from entk._checks import ApplyFn, PyTree, check_apply, check_fits, check_microbatch_size, num_params
+from entk._jacobian import PRECISION, example_jacobian, map_examples
+
+
+def empirical_ntk(
+    apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None = None, *, microbatch_size: int | None = None
+) -> Float[Array, "n1c n2c"]:
+    """Empirical neural tangent kernel K = J₁ J₂ᵀ, the full matrix over outputs (theory §1).
+
+    K_SS is `empirical_ntk(apply_fn, params, x_s)`, K_QS is `empirical_ntk(apply_fn, params, x_q, x_s)`.
+
+    Args:
+      apply_fn: pure function `(params, x) -> (n, c)` or `(n,)` that treats examples independently; static, so define it
+        once.
+      params: pytree of floating-point arrays of one dtype.
+      x1: inputs of the rows, n₁ examples.
+      x2: inputs of the columns, n₂ examples; None means x1.
+      microbatch_size: examples of x1 and of x2 whose Jacobians are held at once; None holds both Jacobians whole. With
+        it the Jacobian of x1 is formed anew for every block of x2.
+
+    Returns:
+      Array of shape (n₁·c, n₂·c), example-major: row i·c + a belongs to output a of example i. No hidden
+      normalisation, not traced over outputs. Symmetric positive semi-definite for x2=None, up to rounding.
+
+    Raises:
+      TypeError, ValueError: as `jacobian`; also when x1 and x2 differ in their number of outputs.
+      MemoryError: the Jacobians held at once would not fit; nothing has been allocated then.
+
+    Cost: 2·n₁c·n₂c·p operations and (n₁ + n₂)·c·p numbers, with microbatch_size b 2·b·c·p numbers.
+
+    Source: Jacot, Gabriel & Hongler, "Neural Tangent Kernel", arXiv:1806.07572.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entk import empirical_ntk
+      >>> linear = lambda w, x: x @ w
+      >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> empirical_ntk(linear, jnp.ones(2), x)
+      Array([[ 5., 11.],
+             [11., 25.]], dtype=float64)
+    """
+    check_microbatch_size(microbatch_size)
+    spec1 = check_apply(apply_fn, params, x1, "x1")
+    spec2 = spec1 if x2 is None else check_apply(apply_fn, params, x2, "x2")
+    if spec1.num_outputs != spec2.num_outputs:
+        raise ValueError(f"x1 has {spec1.num_outputs} outputs an example and x2 {spec2.num_outputs}; they must agree.")
+    c, p = spec1.num_outputs, num_params(params)
+    held = sum(min(microbatch_size or s.num_examples, s.num_examples) for s in (spec1, spec2)[: 1 if x2 is None else 2])
+    entries = held * c * p + spec1.num_examples * spec2.num_examples * c**2
+    check_fits(
+        entries * spec1.dtype.itemsize,
+        f"{held} x {c} x {p:,} Jacobian rows and a {spec1.num_examples * c} x {spec2.num_examples * c} kernel in "
+        f"{spec1.dtype}",
+        "Pass a smaller microbatch_size, or use ntk_vector_product, which forms neither.",
+    )
+    return _empirical_ntk(apply_fn, params, x1, x2, microbatch_size)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _empirical_ntk(apply_fn, params, x1, x2, microbatch_size):
+    n1 = jax.tree.leaves(x1)[0].shape[0]
+    if x2 is None and (microbatch_size is None or microbatch_size >= n1):
+        jac = jax.vmap(lambda x_i: example_jacobian(apply_fn, params, x_i))(x1)
+        rows = [leaf.reshape(-1, leaf.shape[-1]) for leaf in jac]
+        return sum(jnp.matmul(leaf, leaf.T, precision=PRECISION) for leaf in rows)
+
+    def column(x_j):
+        jac_j = example_jacobian(apply_fn, params, x_j)
+
+        def block(x_i):
+            jac_i = example_jacobian(apply_fn, params, x_i)
+            return sum(jnp.matmul(a, b.T, precision=PRECISION) for a, b in zip(jac_i, jac_j, strict=True))
+
+        return map_examples(block, x1, microbatch_size)
+
+    blocks = map_examples(column, x1 if x2 is None else x2, microbatch_size)  # (n2, n1, c, c)
+    n2, n1, c, _ = blocks.shape
+    return blocks.transpose(1, 2, 0, 3).reshape(n1 * c, n2 * c)
+
+
+def ntk_vector_product(
+    apply_fn: ApplyFn,
+    params: PyTree,
+    vector: Float[Array, "n2c *r"],
+    x1: PyTree,
+    x2: PyTree | None = None,
+) -> Float[Array, "n1c *r"]:
+    """K v = J₁ (J₂ᵀ v) by one vector-Jacobian and one Jacobian-vector product, K never formed (theory §4).
+
+    Args:
+      apply_fn: pure function `(params, x) -> (n, c)` or `(n,)`; static, so define it once.
+      params: pytree of floating-point arrays of one dtype.
+      vector: shape (n₂·c,), or (n₂·c, r) for r vectors at once, in the order of `empirical_ntk`'s columns and in the
+        dtype of params.
+      x1: inputs of the rows, n₁ examples.
+      x2: inputs of the columns, n₂ examples; None means x1.
+
+    Returns:
+      K v of shape (n₁·c,) or (n₁·c, r).
+
+    Raises:
+      TypeError, ValueError: as `empirical_ntk`; also a vector of the wrong length, rank or dtype.
+
+    Cost: about four forward passes a vector; r copies of the activations and of params.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entk import ntk_vector_product
+      >>> linear = lambda w, x: x @ w
+      >>> ntk_vector_product(linear, jnp.ones(2), jnp.array([1.0, -1.0]), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+      Array([ -6., -14.], dtype=float64)
+    """
+    check_apply(apply_fn, params, x1, "x1")
+    spec = check_apply(apply_fn, params, x1 if x2 is None else x2, "x2")
+    rows = spec.num_examples * spec.num_outputs
+    vector = jnp.asarray(vector)
+    if vector.ndim not in (1, 2) or vector.shape[0] != rows:
+        raise ValueError(
+            f"vector has shape {vector.shape}, but must be ({rows},) or ({rows}, r): one row a column of K."
+        )
+    if vector.dtype != spec.dtype:
+        raise TypeError(f"vector has dtype {vector.dtype} and the outputs {spec.dtype}; cast the vector.")
+    return _ntk_vector_product(apply_fn, params, vector, x1, x2)
+
+
+@partial(jax.jit, static_argnums=0)
+def _ntk_vector_product(apply_fn, params, vector, x1, x2):
+    def outputs(x):
+        return lambda params: apply_fn(params, x).reshape(-1)
+
+    _, pull = jax.vjp(outputs(x1 if x2 is None else x2), params)
+
+    def product(v):
+        return jax.jvp(outputs(x1), (params,), pull(v))[1]
+
+    return product(vector) if vector.ndim == 1 else jax.vmap(product, in_axes=1, out_axes=1)(vector)
