@@ -94,10 +94,10 @@ def _empirical_ntk(apply_fn, params, x1, x2, microbatch_size):
 def ntk_vector_product(
     apply_fn: ApplyFn,
     params: PyTree,
-    vector: Float[Array, "n2c *r"],
+    vector: Float[Array, "n2c ..."],
     x1: PyTree,
     x2: PyTree | None = None,
-) -> Float[Array, "n1c *r"]:
+) -> Float[Array, "n1c ..."]:
     """K v = J₁ (J₂ᵀ v) by one vector-Jacobian and one Jacobian-vector product, K never formed (theory §4).
 
     Args:
