@@ -78,7 +78,7 @@ class HardMask:
 
     def openness(self, mean: jax.Array, variance: jax.Array, /) -> jax.Array:
         """q, with the shape of `mean` and `variance`."""
-        signal, noise = _powers(mean, variance)
+        signal, noise = _capped(jnp.square(mean)), _capped(variance)
         return (signal > self.alpha * noise).astype(signal.dtype)
 
 
@@ -121,7 +121,7 @@ class SoftMask:
 
     def openness(self, mean: jax.Array, variance: jax.Array, /) -> jax.Array:
         """q, with the shape of `mean` and `variance`."""
-        signal, noise = _powers(mean, variance)
+        signal, noise = _capped(jnp.square(mean)), _capped(variance)
         excess = signal - self.alpha * noise
         return _share(jnp.maximum(excess, 0), self.lam * noise + self.eps, otherwise=excess >= 0)
 
@@ -172,8 +172,8 @@ class SnrMask:
 
     def openness(self, mean: jax.Array, variance: jax.Array, /) -> jax.Array:
         """q, with the shape of `mean` and `variance`."""
-        signal, noise = _powers(mean, variance)
-        return _share(signal, self.lam * self.alpha * noise + self.eps, otherwise=True)
+        signal, noise = _capped(jnp.square(mean)), _capped(variance)
+        return _share(signal, self.lam * _capped(self.alpha * noise) + self.eps, otherwise=True)
 
 
 def finite_data_alpha(batch_size: SupportsIndex, num_examples: SupportsIndex) -> float:
@@ -217,13 +217,9 @@ def finite_data_alpha(batch_size: SupportsIndex, num_examples: SupportsIndex) ->
     return b / (n - b)
 
 
-def _powers(mean: jax.Array, variance: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """m̂² and ŝ, both kept so far from overflow that no ratio of them is inf/inf."""
-
-    def cap(power: jax.Array) -> jax.Array:
-        return jnp.minimum(power, float(jnp.finfo(power.dtype).max) / 4)
-
-    return cap(jnp.square(mean)), cap(variance)
+def _capped(power: jax.Array) -> jax.Array:
+    """Keep a mean square so far from overflow that no ratio of two is inf/inf and no multiple 0·inf."""
+    return jnp.minimum(power, float(jnp.finfo(power.dtype).max) / 4)
 
 
 def _share(part: jax.Array, rest: ArrayLike, otherwise: ArrayLike) -> jax.Array:

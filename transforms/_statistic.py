@@ -172,7 +172,7 @@ def _zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
 
 def _squared_deviation(grad: ArrayLike, mean: jax.Array, variance: jax.Array) -> jax.Array:
     """(g - m)², capped so that no average of such squares overflows where it is stored."""
-    deviation = jnp.asarray(grad, _compute_dtype(grad, mean)) - mean
+    deviation = jnp.asarray(grad, _compute_dtype(grad, mean, variance)) - mean
     return jnp.minimum(jnp.square(deviation), float(jnp.finfo(variance.dtype).max) / 4)
 
 
