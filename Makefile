@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The newest release each supported Python can run, every file pinned by its hash, no index named.
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --fork-strategy requires-python --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock" pyproject.toml
@@ -22,7 +23,7 @@ lint: $(VENV)/test.stamp  ## style and types alone
 	$(BIN)/pyright
 
 lock: $(BIN)/python  ## renew both lock files
-	$(BIN)/python -m pip install --quiet uv
+	$(INSTALL) uv
 	$(COMPILE) --group tests --output-file locks/test.txt
 	$(COMPILE) --group build --group experiments --constraint locks/test.txt --output-file locks/quickstart.txt
 
@@ -30,8 +31,8 @@ clean:  ## remove the environment and what tools leave behind
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/%.stamp: locks/%.txt pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --require-hashes --requirement $<
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(INSTALL) --require-hashes --requirement $<
+	$(INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
 $(BIN)/python:
