@@ -173,7 +173,7 @@ class SnrMask:
     def openness(self, mean: jax.Array, variance: jax.Array, /) -> jax.Array:
         """q, with the shape of `mean` and `variance`."""
         signal, noise = _capped(jnp.square(mean)), _capped(variance)
-        return _share(signal, self.lam * _capped(self.alpha * noise) + self.eps, otherwise=True)
+        return _share(signal, self.lam * _capped(noise * self.alpha) + self.eps, otherwise=True)
 
 
 def finite_data_alpha(batch_size: SupportsIndex, num_examples: SupportsIndex) -> float:

@@ -85,6 +85,20 @@ def test_finite_gradients_never_give_nan_nor_leave_the_unit_interval(rho, gradie
             assert ((q >= 0) & (q <= 1)).all(), mask
 
 
+@pytest.mark.parametrize("state_dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_huge_gradient_leaves_no_infinity_behind(state_dtype):
+    statistic = ema_statistic(rho=0.5, state_dtype=state_dtype)
+    state = statistic.init(jnp.zeros(1))
+    largest = float(jnp.finfo(state_dtype).max)
+    for gradient in (largest, -largest, largest, -largest):
+        state, moments = statistic.update(jnp.full(1, gradient), state)
+        assert all(jnp.isfinite(x).all() for x in (*state, *moments))
+    before = state.variance
+    for _ in range(8):
+        state, _ = statistic.update(state.mean.astype(jnp.float32), state)
+    assert state.variance < 0.01 * before
+
+
 @pytest.mark.parametrize("mask", [SoftMask(eps=0.0), SnrMask(eps=0.0)])
 def test_gradients_through_a_silent_coordinate_are_finite(mask):
     slope = jax.grad(lambda m, s: mask.openness(m, s).sum(), argnums=(0, 1))(jnp.zeros(2), jnp.zeros(2))
