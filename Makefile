@@ -15,7 +15,7 @@ quickstart: $(VENV)/quickstart.stamp  ## install the locked environment, run the
 	$(BIN)/python -m experiments quickstart
 
 test: $(VENV)/test.stamp lint  ## install what the tests need, check style and types, run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 lint: $(VENV)/test.stamp  ## style and types alone
 	$(BIN)/ruff check
