@@ -1,6 +1,7 @@
 """What every optimizer built here must do, whatever its statistic, mask and placement."""
 
 import itertools
+import warnings
 
 import flax.training.train_state
 import jax
@@ -191,6 +192,17 @@ def test_half_precision_parameters_follow_single_precision(tx):
     gradients = gradients_of(3)
     params, _ = train(tx, jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradients), halves)
     assert_close(params, train(tx, gradients)[0], rtol=0.05, atol=0.05)
+
+
+def test_a_wider_state_dtype_sets_the_precision_of_the_statistic():
+    with jax.enable_x64(True), warnings.catch_warnings():
+        warnings.simplefilter("error")  # A cap of float64 squares cast to float32 would overflow.
+        tx = poprisk_adamw(0.1, state_dtype=jnp.float64)
+        gradient = jnp.full(1, 1 / 3, jnp.float32)
+        _, state = tx.update(gradient, tx.init(gradient), gradient)
+        variance = state[0].statistic_state.variance
+        assert variance.dtype == jnp.float64
+        np.testing.assert_allclose(variance, (1 - 0.99) * np.float64(gradient) ** 2, rtol=1e-12)
 
 
 @each_placement
