@@ -43,8 +43,8 @@ def test_row_sums_notice_a_wrong_last_row(monkeypatch):
 def test_jacobian_notices_one_wrong_float32_array(monkeypatch, factor):
     def wrong_in_float32(params, tokens):
         jacobian = right(params, tokens)
-        if jacobian["logits"].dtype == np.float32:
-            jacobian["layers"][1]["up"] *= factor
+        if jacobian["embed"].dtype == np.float32:
+            jacobian["position"] *= factor
         return jacobian
 
     right = selftest._jacobian
