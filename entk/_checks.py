@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import psutil
 
 PyTree = Any
-ApplyFn = Callable[[PyTree, PyTree], jax.Array]
+ApplyFn = Callable[[PyTree, PyTree], Any]  # one array; libraries type theirs loosely, so check_apply verifies it
 
 
 class OutputSpec(NamedTuple):
@@ -34,6 +35,7 @@ def check_params(params: PyTree) -> jnp.dtype:
         raise ValueError("params has no leaves; pass the pytree of arrays that apply_fn differentiates.")
     dtypes = {}
     for path, leaf in leaves:
+        _check_leaf(leaf, f"params{jax.tree_util.keystr(path)}")
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
@@ -47,14 +49,33 @@ def check_params(params: PyTree) -> jnp.dtype:
     return next(iter(dtypes))
 
 
+def _check_leaf(leaf: Any, where: str) -> None:
+    if not isinstance(leaf, numbers.Number) and not hasattr(leaf, "dtype"):
+        raise TypeError(
+            f"{where} is {leaf!r}, not an array: split it off and close apply_fn over it, e.g. with equinox.partition "
+            "or flax.nnx.split."
+        )
+
+
 def num_examples(x: PyTree, name: str) -> int:
     """The common leading dimension of the leaves of a batch."""
-    leaves = jax.tree.leaves(x)
-    if not leaves or any(jnp.ndim(leaf) == 0 for leaf in leaves):
-        raise ValueError(f"{name} must be an array, or a pytree of arrays, with a leading axis of examples; got {x!r}.")
-    sizes = {jnp.shape(leaf)[0] for leaf in leaves}
+    leaves = jax.tree_util.tree_leaves_with_path(x)
+    if not leaves:
+        raise ValueError(f"{name}={x!r} holds no arrays; pass an array, or a pytree of arrays, one row an example.")
+    for path, leaf in leaves:
+        where = name + jax.tree_util.keystr(path)
+        _check_leaf(leaf, where)
+        if jnp.ndim(leaf) == 0:
+            raise ValueError(
+                f"{where}={leaf!r} is a scalar, but must have a leading axis of examples; nested lists are trees of "
+                "scalars: pass jnp.asarray(...)."
+            )
+    sizes = {jnp.shape(leaf)[0] for _, leaf in leaves}
     if len(sizes) > 1:
-        raise ValueError(f"the leaves of {name} disagree on the number of examples: {sorted(sizes)}.")
+        raise ValueError(
+            f"the leaves of {name} disagree on the number of examples: {sorted(sizes)}; every leaf needs one row for "
+            "each example."
+        )
     (n,) = sizes
     if n == 0:
         raise ValueError(f"{name} holds zero examples; pass at least one.")
@@ -63,6 +84,7 @@ def num_examples(x: PyTree, name: str) -> int:
 
 def check_apply(apply_fn: ApplyFn, params: PyTree, x: PyTree, name: str = "x") -> OutputSpec:
     """Traces `apply_fn` (nothing is computed) and checks its outputs against the contract `(n, c)` or `(n,)`."""
+    _check_static(apply_fn)
     dtype = check_params(params)
     n = num_examples(x, name)
     for leaf in jax.tree.leaves(x):
@@ -74,7 +96,10 @@ def check_apply(apply_fn: ApplyFn, params: PyTree, x: PyTree, name: str = "x") -
             )
     out = jax.eval_shape(apply_fn, params, x)
     if not isinstance(out, jax.ShapeDtypeStruct):
-        raise TypeError(f"apply_fn must return one array of shape (n, c) or (n,); got {jax.tree.structure(out)}.")
+        raise TypeError(
+            f"apply_fn must return one array of shape (n, c) or (n,); got {jax.tree.structure(out)}. "
+            "Return the outputs alone, e.g. out[0]."
+        )
     if len(out.shape) not in (1, 2) or out.shape[0] != n:
         raise ValueError(
             f"apply_fn({name}) has shape {out.shape}, but must be ({n}, c) or ({n},): one row of outputs for each of "
@@ -82,22 +107,59 @@ def check_apply(apply_fn: ApplyFn, params: PyTree, x: PyTree, name: str = "x") -
         )
     if out.dtype != dtype:
         raise TypeError(
-            f"apply_fn returns {out.dtype} for params of dtype {dtype}; both must be floating point of one dtype."
+            f"apply_fn({name}) has dtype {out.dtype} and params {dtype}, but both must be floating point of one dtype. "
+            f"Cast inside apply_fn, e.g. out.astype(jnp.{dtype})."
         )
     num_outputs = out.shape[1] if len(out.shape) == 2 else 1
     if num_outputs == 0:
         raise ValueError(f"apply_fn({name}) has shape {out.shape}: zero outputs an example; it must have at least one.")
+    # Outputs like a Gram matrix (n, n) have the right shape and still mix examples: one example alone gives it away.
+    one_example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *jnp.shape(leaf)[1:]), jnp.result_type(leaf)), x)
+    alone = jax.eval_shape(apply_fn, params, one_example)
+    if math.prod(alone.shape) != num_outputs:
+        raise ValueError(
+            f"apply_fn gives {num_outputs} outputs an example on the {n} examples of {name} and {alone.shape} on one "
+            "example: it must treat examples independently. Remove what mixes the rows of the batch."
+        )
     return OutputSpec(n, num_outputs, out.dtype)
 
 
-def check_microbatch_size(microbatch_size: int | None) -> None:
-    if microbatch_size is not None and (not isinstance(microbatch_size, int) or microbatch_size < 1):
+def check_apply_pair(apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None) -> tuple[OutputSpec, OutputSpec]:
+    """`check_apply` of the rows x1 and the columns x2 (None means x1) of one kernel."""
+    spec1 = check_apply(apply_fn, params, x1, "x1")
+    spec2 = spec1 if x2 is None else check_apply(apply_fn, params, x2, "x2")
+    if spec1.num_outputs != spec2.num_outputs:
+        raise ValueError(
+            f"x1 has {spec1.num_outputs} outputs an example and x2 {spec2.num_outputs}, but one kernel needs the same "
+            "number: pass inputs of one kind."
+        )
+    return spec1, spec2
+
+
+def _check_static(apply_fn: ApplyFn) -> None:
+    if not callable(apply_fn):
+        raise TypeError(f"apply_fn={apply_fn!r} must be a function (params, x) -> outputs; it comes before params.")
+    try:
+        hash(apply_fn)
+    except TypeError as error:
+        raise TypeError(
+            f"apply_fn of type {type(apply_fn).__name__} must be hashable, to be compiled once ({error}). "
+            "Pass a function defined once: def apply_fn(params, x): ..."
+        ) from error
+
+
+def check_microbatch_size(microbatch_size: int | None) -> int | None:
+    """Returns `microbatch_size` as a Python integer; NumPy's integers are taken, booleans and floats are not."""
+    if microbatch_size is None:
+        return None
+    if isinstance(microbatch_size, bool) or not isinstance(microbatch_size, numbers.Integral) or microbatch_size < 1:
         raise ValueError(f"microbatch_size={microbatch_size!r} must be a positive integer, or None for one batch.")
+    return int(microbatch_size)
 
 
 def available_bytes() -> int:
-    """Memory that the default device can still give, in bytes."""
-    stats = jax.devices()[0].memory_stats()
+    """Memory that this process's first device can still give, in bytes."""
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     return psutil.virtual_memory().available

@@ -9,10 +9,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from entk._checks import ApplyFn, PyTree, check_apply, check_fits, check_microbatch_size, num_params
-from entk._jacobian import PRECISION, example_jacobian, map_examples
+from entk._checks import ApplyFn, PyTree, check_apply_pair, check_fits, check_microbatch_size, num_params
+from entk._jacobian import PRECISION, example_jacobian, map_examples, model_precision
 
 
 def empirical_ntk(
@@ -39,7 +40,8 @@ def empirical_ntk(
       TypeError, ValueError: as `jacobian`; also when x1 and x2 differ in their number of outputs.
       MemoryError: the Jacobians held at once would not fit; nothing has been allocated then.
 
-    Cost: 2·n₁c·n₂c·p operations and (n₁ + n₂)·c·p numbers, with microbatch_size b 2·b·c·p numbers.
+    Cost: 2·n₁c·n₂c·p operations; (n₁ + n₂)·c·p numbers (n₁·c·p for x2=None), with microbatch_size b 2·b·c·p, and twice
+    the kernel. Products run at full precision unless `jax.default_matmul_precision` says otherwise.
 
     Source: Jacot, Gabriel & Hongler, "Neural Tangent Kernel", arXiv:1806.07572.
 
@@ -52,18 +54,15 @@ def empirical_ntk(
       Array([[ 5., 11.],
              [11., 25.]], dtype=float64)
     """
-    check_microbatch_size(microbatch_size)
-    spec1 = check_apply(apply_fn, params, x1, "x1")
-    spec2 = spec1 if x2 is None else check_apply(apply_fn, params, x2, "x2")
-    if spec1.num_outputs != spec2.num_outputs:
-        raise ValueError(f"x1 has {spec1.num_outputs} outputs an example and x2 {spec2.num_outputs}; they must agree.")
-    c, p = spec1.num_outputs, num_params(params)
-    held = sum(min(microbatch_size or s.num_examples, s.num_examples) for s in (spec1, spec2)[: 1 if x2 is None else 2])
-    entries = held * c * p + spec1.num_examples * spec2.num_examples * c**2
+    microbatch_size = check_microbatch_size(microbatch_size)
+    spec1, spec2 = check_apply_pair(apply_fn, params, x1, x2)
+    c, p, n1, n2 = spec1.num_outputs, num_params(params), spec1.num_examples, spec2.num_examples
+    b1, b2 = min(microbatch_size or n1, n1), min(microbatch_size or n2, n2)
+    held = n1 if x2 is None and b1 == n1 else b1 + b2
+    entries = held * c * p + 2 * n1 * n2 * c**2  # the kernel twice: once as blocks, or once as the sum so far
     check_fits(
         entries * spec1.dtype.itemsize,
-        f"{held} x {c} x {p:,} Jacobian rows and a {spec1.num_examples * c} x {spec2.num_examples * c} kernel in "
-        f"{spec1.dtype}",
+        f"holding {held} x {c} x {p:,} Jacobian rows and two copies of the {n1 * c} x {n2 * c} kernel in {spec1.dtype}",
         "Pass a smaller microbatch_size, or use ntk_vector_product, which forms neither.",
     )
     return _empirical_ntk(apply_fn, params, x1, x2, microbatch_size)
@@ -74,7 +73,7 @@ def _empirical_ntk(apply_fn, params, x1, x2, microbatch_size):
     n1 = jax.tree.leaves(x1)[0].shape[0]
     if x2 is None and (microbatch_size is None or microbatch_size >= n1):
         jac = jax.vmap(lambda x_i: example_jacobian(apply_fn, params, x_i))(x1)
-        rows = [leaf.reshape(-1, leaf.shape[-1]) for leaf in jac]
+        rows = [leaf.reshape(n1 * leaf.shape[1], leaf.shape[2]) for leaf in jac]
         return sum(jnp.matmul(leaf, leaf.T, precision=PRECISION) for leaf in rows)
 
     def column(x_j):
@@ -94,7 +93,7 @@ def _empirical_ntk(apply_fn, params, x1, x2, microbatch_size):
 def ntk_vector_product(
     apply_fn: ApplyFn,
     params: PyTree,
-    vector: Float[Array, "n2c ..."],
+    vector: Float[Array | np.ndarray, "n2c ..."],
     x1: PyTree,
     x2: PyTree | None = None,
 ) -> Float[Array, "n1c ..."]:
@@ -123,8 +122,7 @@ def ntk_vector_product(
       >>> ntk_vector_product(linear, jnp.ones(2), jnp.array([1.0, -1.0]), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
       Array([ -6., -14.], dtype=float64)
     """
-    check_apply(apply_fn, params, x1, "x1")
-    spec = check_apply(apply_fn, params, x1 if x2 is None else x2, "x2")
+    _, spec = check_apply_pair(apply_fn, params, x1, x2)
     rows = spec.num_examples * spec.num_outputs
     vector = jnp.asarray(vector)
     if vector.ndim not in (1, 2) or vector.shape[0] != rows:
@@ -141,9 +139,9 @@ def _ntk_vector_product(apply_fn, params, vector, x1, x2):
     def outputs(x):
         return lambda params: apply_fn(params, x).reshape(-1)
 
-    _, pull = jax.vjp(outputs(x1 if x2 is None else x2), params)
-
     def product(v):
         return jax.jvp(outputs(x1), (params,), pull(v))[1]
 
-    return product(vector) if vector.ndim == 1 else jax.vmap(product, in_axes=1, out_axes=1)(vector)
+    with model_precision():
+        _, pull = jax.vjp(outputs(x1 if x2 is None else x2), params)
+        return product(vector) if vector.ndim == 1 else jax.vmap(product, in_axes=1, out_axes=1)(vector)
