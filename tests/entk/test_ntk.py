@@ -1,0 +1,303 @@
+"""The empirical NTK and its products against NumPy's J Jᵀ, with J derived by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlp_oracle import apply_fn, assert_close, batch, init, jacobian_by_hand, kernel_by_hand
+
+import entk._checks
+import entk._ntk
+from entk import empirical_ntk, ntk_vector_product
+
+PARAMS, X_S, X_Q = init(0), batch(0, 6), batch(1, 4)
+K_SS, K_QS = kernel_by_hand(PARAMS, X_S, X_S), kernel_by_hand(PARAMS, X_Q, X_S)
+SIZES = [None, 1, 2, 3, 4, 5, 6, 7, 1000, np.int64(4)]
+
+# ---------------------------------------------------------------------------------------------------------- the kernel
+
+
+@pytest.mark.parametrize("microbatch_size", SIZES)
+def test_k_ss_is_j_times_its_transpose(microbatch_size):
+    assert_close(empirical_ntk(apply_fn, PARAMS, X_S, microbatch_size=microbatch_size), K_SS)
+
+
+@pytest.mark.parametrize("microbatch_size", SIZES)
+def test_k_qs_has_test_rows_and_training_columns(microbatch_size):
+    k_qs = empirical_ntk(apply_fn, PARAMS, X_Q, X_S, microbatch_size=microbatch_size)
+    assert k_qs.shape == (8, 12)
+    assert_close(k_qs, K_QS)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 4])
+def test_q_equal_to_s_gives_k_ss(microbatch_size):
+    k_ss = empirical_ntk(apply_fn, PARAMS, X_S, microbatch_size=microbatch_size)
+    assert_close(empirical_ntk(apply_fn, PARAMS, X_S, X_S, microbatch_size=microbatch_size), k_ss)
+
+
+def test_k_sq_is_the_transpose_of_k_qs():
+    assert_close(empirical_ntk(apply_fn, PARAMS, X_S, X_Q), K_QS.T)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 4])
+def test_rows_and_columns_are_example_major(microbatch_size):
+    """Row i·c + a belongs to output a of example i; written out entry by entry, for unequal n and m."""
+    jac_q, jac_s = jacobian_by_hand(PARAMS, X_Q), jacobian_by_hand(PARAMS, X_S)
+    kernel = empirical_ntk(apply_fn, PARAMS, X_Q, X_S, microbatch_size=microbatch_size)
+    for i in range(4):
+        for j in range(6):
+            for a in range(2):
+                for b in range(2):
+                    assert kernel[2 * i + a, 2 * j + b] == pytest.approx(
+                        jac_q[i, a] @ jac_s[j, b], rel=1e-11, abs=1e-11
+                    )
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 5])
+def test_symmetric_and_positive_semi_definite_to_rounding(microbatch_size):
+    """30 outputs and 21 parameters: nine eigenvalues are zero and may not turn out negative beyond rounding."""
+    params = init(2, outputs=1)
+    kernel = np.asarray(empirical_ntk(apply_fn, params, batch(2, 30), microbatch_size=microbatch_size))
+    eigenvalues = np.linalg.eigvalsh(kernel)
+    assert np.abs(kernel - kernel.T).max() <= 1e-14 * eigenvalues[-1]
+    assert np.abs(eigenvalues[:9]).max() <= 1e-14 * eigenvalues[-1]
+    assert eigenvalues[9] > 1e-12 * eigenvalues[-1]
+
+
+def test_a_linear_model_gives_the_gram_matrix_of_its_features():
+    features = np.random.default_rng(3).integers(-4, 5, (5, 7)).astype(float)  # small integers: exact
+    np.testing.assert_array_equal(empirical_ntk(lambda w, x: x @ w, jnp.ones(7), features), features @ features.T)
+    two = empirical_ntk(lambda w, x: x @ w, jnp.ones((7, 2)), features)
+    np.testing.assert_array_equal(two, np.kron(features @ features.T, np.eye(2)))
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+def test_no_normalisation_is_hidden(microbatch_size):
+    """Scaling the outputs by s scales K by s², and twice the examples leave the old entries alone."""
+    kernel = empirical_ntk(lambda p, x: 3 * apply_fn(p, x), PARAMS, X_S, microbatch_size=microbatch_size)
+    assert_close(kernel, 9 * K_SS)
+    twice = empirical_ntk(apply_fn, PARAMS, np.concatenate([X_S, X_Q]), microbatch_size=microbatch_size)
+    assert_close(twice[:12, :12], K_SS)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+def test_one_output_as_a_vector_or_as_a_column(microbatch_size):
+    params = init(4, outputs=1)
+    kernel = empirical_ntk(lambda p, x: apply_fn(p, x)[:, 0], params, X_Q, X_S, microbatch_size=microbatch_size)
+    assert kernel.shape == (4, 6)
+    assert_close(kernel, kernel_by_hand(params, X_Q, X_S))
+    assert_close(empirical_ntk(apply_fn, params, X_Q, X_S, microbatch_size=microbatch_size), kernel)
+
+
+def test_an_empty_parameter_array_adds_nothing():
+    params = {**PARAMS, "unused": np.zeros((0, 3))}
+    for microbatch_size in (None, 4):
+        assert_close(empirical_ntk(apply_fn, params, X_S, microbatch_size=microbatch_size), K_SS)
+
+
+def test_inputs_may_be_a_pytree():
+    def model(params, x):
+        return apply_fn(params, jnp.stack([x["a"], *x["b"]], axis=1))
+
+    x_q, x_s = ({"a": x[:, 0], "b": (x[:, 1], x[:, 2])} for x in (X_Q, X_S))
+    for microbatch_size in (None, 3):
+        assert_close(empirical_ntk(model, PARAMS, x_q, x_s, microbatch_size=microbatch_size), K_QS)
+    assert_close(ntk_vector_product(model, PARAMS, np.ones(12), x_q, x_s), K_QS @ np.ones(12))
+
+
+@settings(max_examples=8)
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(1, 6),
+    m=st.integers(1, 6),
+    c=st.integers(1, 3),
+    width=st.integers(1, 5),
+    microbatch_size=st.none() | st.integers(1, 8),
+    r=st.none() | st.integers(1, 3),
+)
+def test_any_shape(seed, n, m, c, width, microbatch_size, r):
+    params, x_s, x_q = init(seed, 2, width, c), batch(seed, n, 2), batch(seed + 1, m, 2)
+    expected = kernel_by_hand(params, x_q, x_s)
+    assert_close(empirical_ntk(apply_fn, params, x_q, x_s, microbatch_size=microbatch_size), expected)
+    vector = np.random.default_rng(seed).normal(size=(n * c,) if r is None else (n * c, r))
+    product = ntk_vector_product(apply_fn, params, vector, x_q, x_s)
+    assert product.shape == (m * c, *vector.shape[1:])
+    assert np.abs(product - expected @ vector).max() <= 1e-12 * np.linalg.norm(expected) * np.linalg.norm(vector)
+
+
+# --------------------------------------------------------------------------------------------------------- K times v
+
+
+@pytest.mark.parametrize("columns", [(), (1,), (3,), (0,)])
+@pytest.mark.parametrize("x2", [None, X_S])
+def test_the_product_is_that_of_the_matrix(columns, x2):
+    kernel, x1 = (K_SS, X_S) if x2 is None else (K_QS, X_Q)
+    vector = np.random.default_rng(5).normal(size=(12, *columns))
+    assert_close(ntk_vector_product(apply_fn, PARAMS, vector, x1, x2), kernel @ vector)
+
+
+def test_products_with_unit_vectors_are_the_columns():
+    assert_close(ntk_vector_product(apply_fn, PARAMS, np.eye(12), X_Q, X_S), K_QS)
+
+
+def test_the_product_of_more_examples_than_a_matrix_would_hold():
+    """N = 400,000: K would take 1.2 TiB."""
+    x = np.random.default_rng(6).normal(size=(400_000, 3))
+    product = ntk_vector_product(lambda w, x: x @ w, jnp.ones(3), x[:, 0], x)
+    assert_close(product, x @ (x.T @ x[:, 0]))
+
+
+# --------------------------------------------------------------------------------------------- dtypes, transformations
+
+
+def test_float32_stays_float32():
+    params, x = jax.tree.map(np.float32, PARAMS), X_S.astype(np.float32)
+    exact = kernel_by_hand(jax.tree.map(np.float64, params), x.astype(float), x.astype(float))
+    vector = np.linspace(-1, 1, 12, dtype=np.float32)
+
+    def check():
+        for microbatch_size in (None, 4):
+            kernel = empirical_ntk(apply_fn, params, x, microbatch_size=microbatch_size)
+            assert kernel.dtype == jnp.float32
+            assert_close(kernel, exact, 3e-6)
+        product = ntk_vector_product(apply_fn, params, vector, x)
+        assert product.dtype == jnp.float32
+        assert_close(product, exact @ vector, 1e-5)
+
+    check()
+    with jax.enable_x64(False):
+        check()
+
+
+def test_bfloat16_works_to_its_digits():
+    params, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), PARAMS), jnp.asarray(X_S, jnp.bfloat16)
+    params64, x64 = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, x))
+    kernel = empirical_ntk(apply_fn, params, x, microbatch_size=4)
+    assert kernel.dtype == jnp.bfloat16
+    assert_close(kernel, kernel_by_hand(params64, x64, x64), 0.03)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 4])
+def test_under_jit_vmap_and_grad(microbatch_size):
+    ensemble = [init(seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ensemble)
+    expected = np.stack([kernel_by_hand(params, X_Q, X_S) for params in ensemble])
+
+    def compute(params):
+        return empirical_ntk(apply_fn, params, X_Q, X_S, microbatch_size=microbatch_size)
+
+    assert_close(jax.jit(compute)(ensemble[1]), expected[1])
+    assert_close(jax.vmap(compute)(stacked), expected)
+    weights = np.random.default_rng(7).normal(size=(8, 12))
+    gradient = jax.grad(lambda params: (weights * compute(params)).sum())(PARAMS)["b_in"]
+    slope = []
+    for unit in np.eye(4):
+        ahead, behind = ({**PARAMS, "b_in": PARAMS["b_in"] + sign * 1e-6 * unit} for sign in (1, -1))
+        slope.append((weights * (kernel_by_hand(ahead, X_Q, X_S) - kernel_by_hand(behind, X_Q, X_S))).sum() / 2e-6)
+    assert_close(gradient, slope, 1e-7)
+
+
+def test_the_product_under_jit_vmap_and_grad():
+    vector = np.random.default_rng(8).normal(size=12)
+
+    def compute(params, vector):
+        return ntk_vector_product(apply_fn, params, vector, X_Q, X_S)
+
+    ensemble = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[init(seed) for seed in range(2)])
+    expected = np.stack([kernel_by_hand(init(seed), X_Q, X_S) @ vector for seed in range(2)])
+    assert_close(jax.jit(compute)(init(1), vector), expected[1])
+    assert_close(jax.vmap(compute, in_axes=(0, None))(ensemble, vector), expected)
+    gradient = jax.grad(lambda vector: compute(PARAMS, vector).sum())(vector)
+    assert_close(gradient, K_QS.sum(0))
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+# What every entry point refuses (outputs, params, inputs, dtypes) is in test_jacobian.py.
+
+
+def test_x1_and_x2_with_different_numbers_of_outputs():
+    def model(scale, x):
+        return scale * x
+
+    message = "x1 has 3 outputs an example and x2 2, but one kernel needs the same number: pass inputs of one kind"
+    with pytest.raises(ValueError, match=message):
+        empirical_ntk(model, jnp.ones(()), X_S, X_S[:, :2])
+    with pytest.raises(ValueError, match=message):
+        ntk_vector_product(model, jnp.ones(()), jnp.ones(12), X_S, X_S[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("x2", "error", "message"),
+    [
+        (X_S[:0], ValueError, "x2 holds zero examples"),
+        (X_S.astype(np.float32), TypeError, r"x2 has dtype float32 and params float64.*x2\.astype\(jnp\.float64\)"),
+        (2.0, ValueError, r"x2=2\.0 is a scalar"),
+    ],
+)
+def test_bad_x2(x2, error, message):
+    with pytest.raises(error, match=message):
+        empirical_ntk(apply_fn, PARAMS, X_Q, x2)
+    with pytest.raises(error, match=message):
+        ntk_vector_product(apply_fn, PARAMS, jnp.ones(12), X_Q, x2)
+
+
+@pytest.mark.parametrize(
+    ("vector", "error", "message"),
+    [
+        (np.ones(11), ValueError, r"vector has shape \(11,\), but must be \(12,\) or \(12, r\): one row a column of K"),
+        (np.ones(8), ValueError, r"vector has shape \(8,\), but must be \(12,\)"),  # the rows of K_QS, not its columns
+        (np.ones((3, 12)), ValueError, r"vector has shape \(3, 12\), but must be \(12,\) or \(12, r\)"),
+        (np.ones((6, 2)), ValueError, r"vector has shape \(6, 2\), but must be \(12,\) or \(12, r\)"),
+        (np.ones((12, 2, 1)), ValueError, r"vector has shape \(12, 2, 1\), but must be \(12,\) or \(12, r\)"),
+        (np.ones(()), ValueError, r"vector has shape \(\), but must be \(12,\) or \(12, r\)"),
+        (np.ones(12, int), TypeError, r"vector has dtype int64 and the outputs float64; cast the vector"),
+        (np.ones(12, np.float32), TypeError, r"vector has dtype float32 and the outputs float64; cast the vector"),
+        (1j * np.ones(12), TypeError, r"vector has dtype complex128 and the outputs float64; cast the vector"),
+    ],
+)
+def test_bad_vectors(vector, error, message):
+    with pytest.raises(error, match=message):
+        ntk_vector_product(apply_fn, PARAMS, vector, X_Q, X_S)
+
+
+@pytest.mark.parametrize(
+    ("x2", "microbatch_size", "numbers"),
+    [
+        (None, None, 6 * 2 * 26 + 2 * 144),  # one Jacobian
+        (X_S, None, 12 * 2 * 26 + 2 * 144),  # two
+        (None, 2, 4 * 2 * 26 + 2 * 144),  # a block of rows and a block of columns
+        (X_Q, 5, 9 * 2 * 26 + 2 * 96),
+    ],
+)
+def test_memory_foreseen(monkeypatch, x2, microbatch_size, numbers):
+    """One byte less than Jacobian rows and twice the kernel take is refused, and as much is not."""
+    assert sum(leaf.size for leaf in PARAMS.values()) == 26
+    monkeypatch.setattr(entk._checks, "available_bytes", lambda: 8 * numbers - 1)
+    with pytest.raises(
+        MemoryError, match=r"GiB and .* GiB are available\. Pass a smaller microbatch_size, or use ntk_v"
+    ):
+        empirical_ntk(apply_fn, PARAMS, X_S, x2, microbatch_size=microbatch_size)
+    monkeypatch.setattr(entk._checks, "available_bytes", lambda: 8 * numbers)
+    assert empirical_ntk(apply_fn, PARAMS, X_S, x2, microbatch_size=microbatch_size).size > 0
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 7, 8])
+def test_the_memory_foreseen_is_the_memory_the_program_takes(monkeypatch, microbatch_size):
+    params, x = init(9, inputs=64, width=64, outputs=3), batch(9, 64, inputs=64)
+    foreseen = []
+    monkeypatch.setattr(entk._ntk, "check_fits", lambda num_bytes, *_: foreseen.append(num_bytes))
+    empirical_ntk(apply_fn, params, x, x, microbatch_size=microbatch_size)
+    account = entk._ntk._empirical_ntk.lower(apply_fn, params, x, x, microbatch_size).compile().memory_analysis()
+    if account is None:
+        pytest.skip("this backend keeps no account of memory")
+    taken = account.temp_size_in_bytes + account.output_size_in_bytes
+    assert taken / 2 < foreseen[0] < 2 * taken
+
+
+def test_a_kernel_that_does_not_fit_is_refused_before_anything_is_computed():
+    """N = 3,000,000: K alone takes 65 TiB, whatever the microbatch; the inputs are shapes only."""
+    x = jax.ShapeDtypeStruct((3_000_000, 3), jnp.float64)
+    with pytest.raises(MemoryError, match=r"3000000 x 3000000 kernel in float64 takes .* GiB are available"):
+        jax.eval_shape(lambda x: empirical_ntk(lambda w, x: x @ w, jnp.ones(3), x, microbatch_size=1), x)
