@@ -1,8 +1,8 @@
 """Refuses jaxlib 0.10.2 at import, whose CPU backend returns silently wrong sums under ``jax.jit``.
 
-The fault (upstream issue 39103) sits in fused reductions and raises nothing: the Jacobian of a 2-layer Transformer is off
-by 17 % on 16 sequences and right on 2. 0.10.1 and 0.11.0 are right, and so is 0.10.2 with its reduction fusion switched
-off by an XLA flag.
+The fault (upstream issue 39103) sits in fused reductions and raises nothing: the Jacobian of a 2-layer Transformer is
+off by 17 % on 16 sequences and right on 2. 0.10.1 and 0.11.0 are right, and so is 0.10.2 with its reduction fusion
+switched off by an XLA flag.
 
 `entk` imports this module first and `gramian` imports `entk`, so both are covered. `transforms` is not: it stands
 alone, and its gate works element by element. ``python -m entk.selftest`` looks for the next fault of this kind.
