@@ -1,0 +1,68 @@
+"""What a flow asks of its arguments, checked before any heavy work."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from entk._checks import check_apply, check_fits, check_microbatch_size, num_params
+from gramian._losses import OutputLoss, check_targets
+from gramian._source import KernelSource
+
+PyTree = Any
+
+
+def check_times(t0: float, t1: float, save_at: tuple[float, ...] = ()) -> None:
+    if not (math.isfinite(t0) and math.isfinite(t1)) or t1 <= t0:
+        raise ValueError(f"t1={t1} must be finite and later than t0={t0}.")
+    for t in save_at:
+        if not t0 < t <= t1:
+            raise ValueError(f"save_at holds {t}, but must lie in (t0, t1] = ({t0}, {t1}].")
+
+
+def check_problem(source: KernelSource, loss: OutputLoss, params: PyTree) -> None:
+    """Shapes, dtypes, finiteness, labels, memory and convexity, cheapest first."""
+    if not isinstance(loss, OutputLoss):
+        raise TypeError(f"loss is a {type(loss).__name__}; build it with squared_loss(y) or another gramian loss.")
+    check_microbatch_size(source.microbatch_size)
+    spec = check_apply(source.apply_fn, params, source.x_s, "x_s")
+    n, c, dtype = spec
+    m = 0
+    if source.x_q is not None:
+        test = check_apply(source.apply_fn, params, source.x_q, "x_q")
+        m = test.num_examples
+        if test.num_outputs != c:
+            raise ValueError(f"x_q has {test.num_outputs} outputs an example and x_s {c}; they must agree.")
+    check_targets(loss, n, c, dtype)
+    held = min(source.microbatch_size or n, n) + min(source.microbatch_size or m, m)
+    entries = held * c * num_params(params) + 12 * (n * c) ** 2 + 3 * n * c * m * c
+    check_fits(
+        entries * dtype.itemsize,
+        f"a dense flow of N = {n} x {c} training and M = {m} x {c} test outputs with {held} x {c} x "
+        f"{num_params(params):,} Jacobian rows in {dtype}",
+        "Pass a smaller microbatch_size, fewer examples, or float32 data and parameters.",
+    )
+    for name, tree in (("params", params), ("x_s", source.x_s), ("x_q", source.x_q)):
+        check_finite(tree, name)
+    u_s, _ = source.outputs(params)
+    check_finite(u_s, "apply_fn(params, x_s)")
+    if not loss.isotropic:
+        lowest = float(jnp.linalg.eigvalsh(loss.hessian(u_s)).min()) * n
+        if not lowest >= -1e3 * float(jnp.finfo(dtype).eps):
+            raise ValueError(
+                f"the loss is not convex in the outputs: its Hessian has the eigenvalue {lowest:.3g} at the first "
+                "outputs, but must be positive semi-definite. The operators are defined for convex losses only."
+            )
+
+
+def check_finite(tree: PyTree, name: str) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        leaf = jnp.asarray(leaf)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(leaf).all()):
+            bad = int(jnp.sum(~jnp.isfinite(leaf)))
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} holds {bad} NaN or infinite values; remove or repair them."
+            )

@@ -1,0 +1,204 @@
+"""One accepted step of the flow: trial, decision, accumulation, observation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from gramian._controllers import AdaptiveStep, Controller
+from gramian._losses import OutputLoss
+from gramian._observables import Observable
+from gramian._operators import Operators, init_operators, update_operators
+from gramian._source import KernelSource
+from gramian._steppers import ExponentialMidpoint, KernelPoint, Stepper, rms
+
+PyTree = Any
+
+
+class FlowState(NamedTuple):
+    """Everything a flow needs to go on from time t; a pytree of arrays.
+
+    Attributes:
+      t: training time reached.
+      h: length of the next trial step.
+      params: w(t).
+      outputs_s, outputs_q: u(t) and U_Q(t), (n, c) and (m, c).
+      grad_scale: root mean square of g at the start, the size that errors of g are measured against.
+      carry: the stepper's kernel for the next trial.
+      operators: P, W_S, D and G from the start to t.
+      observed: states of the observables, by name.
+      num_steps, num_rejected: accepted and rejected trials so far.
+    """
+
+    t: float
+    h: float
+    params: PyTree
+    outputs_s: Float[Array, "n c"]
+    outputs_q: Float[Array, "m c"]
+    grad_scale: float
+    carry: KernelPoint
+    operators: Operators
+    observed: dict[str, PyTree]
+    num_steps: int
+    num_rejected: int
+
+
+class StepInfo(NamedTuple):
+    """What one accepted step has to report.
+
+    Attributes:
+      t: time at its end.
+      h: its length.
+      loss: Φ_S at its end.
+      error: its estimated local error as a multiple of the allowed one (of the size of the outputs under
+        `ConstantStep`).
+      observed: values of the observables, by name.
+    """
+
+    t: float
+    h: float
+    loss: float
+    error: float
+    observed: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Integrator:
+    """The (init, update) pair behind `gradient_flow`, for loops of one's own.
+
+    Args:
+      source: where outputs and kernels come from.
+      loss: the convex training loss of the outputs.
+      stepper: how a step is taken.
+      controller: when it stands, and how long the next one is.
+      observables: what to record along the way, by name.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gramian import Integrator, KernelSource, squared_loss
+      >>> source = KernelSource(lambda w, x: x @ w, jnp.eye(2))
+      >>> flow = Integrator(source, squared_loss(jnp.array([1.0, -1.0])))
+      >>> state = flow.init(jnp.zeros(2))
+      >>> state, info = flow.update(state, t_end=2.0)
+      >>> state.operators.propagator.round(6)
+      Array([[0.367879, 0.      ],
+             [0.      , 0.367879]], dtype=float64)
+    """
+
+    source: KernelSource
+    loss: OutputLoss
+    stepper: Stepper = ExponentialMidpoint()
+    controller: Controller = AdaptiveStep()
+    observables: Mapping[str, Observable] = field(default_factory=dict)
+
+    def init(self, params: PyTree, t0: float = 0.0) -> FlowState:
+        """The state of a flow that starts at `params` at time t0."""
+        carry = _init_point(self.stepper, self.source, self.loss, params)
+        u_s, u_q = self.source.outputs(params)
+        observed = {
+            name: observable.init(self.source, self.loss, carry) for name, observable in self.observables.items()
+        }
+        return FlowState(
+            t=float(t0),
+            h=self.controller.init(float(carry.frozen.rates.max())),
+            params=params,
+            outputs_s=u_s,
+            outputs_q=u_q,
+            grad_scale=float(rms(self.loss.grad(u_s))),
+            carry=carry,
+            operators=init_operators(u_s.size, u_q.size, u_s.dtype),
+            observed=observed,
+            num_steps=0,
+            num_rejected=0,
+        )
+
+    def update(self, state: FlowState, t_end: float) -> tuple[FlowState, StepInfo]:
+        """One accepted step, not beyond t_end.
+
+        Raises:
+          FloatingPointError: outputs that are not finite at a step that cannot be shortened any more.
+          ValueError: a negative eigenvalue of B (the loss is not convex).
+        """
+        rejected = state.num_rejected
+        h = state.h
+        while True:
+            left = t_end - state.t
+            # A step that would leave less than a rounding error to go ends at t_end.
+            last = h >= left * (1 - 1e-12)
+            length = left if last else h
+            step = _trial(self.stepper, self.source, self.loss, state.params, state.carry, jnp.asarray(length))
+            error = self._scaled_error(state, step, length)
+            accept, proposed = self.controller.update(length, error, self.stepper.order)
+            if accept and np.isfinite(error):
+                break
+            h = proposed if np.isfinite(error) else length / 5
+            rejected += 1
+            if h <= 1e-14 * max(abs(state.t), t_end - state.t):
+                raise FloatingPointError(
+                    f"no step from t={state.t:.6g} meets the tolerance, down to length {h:.3g}: the outputs jump or "
+                    "are not finite there. Check apply_fn for kinks and overflow, or raise rtol."
+                )
+        operators, observed, values = _accept(
+            tuple(self.observables.items()), self.source, self.loss, state, step, jnp.asarray(length)
+        )
+        t = t_end if last else state.t + length
+        new = FlowState(
+            t=t,
+            # What is left of a shortened last step says nothing about the length of the next one.
+            h=max(h, proposed) if last else proposed,
+            params=step.params,
+            outputs_s=step.outputs_s,
+            outputs_q=step.outputs_q,
+            grad_scale=state.grad_scale,
+            carry=step.carry,
+            operators=operators,
+            observed=observed,
+            num_steps=state.num_steps + 1,
+            num_rejected=rejected,
+        )
+        return new, StepInfo(t, length, float(self.loss.value(step.outputs_s)), error, jax.device_get(values))
+
+    def _scaled_error(self, state, step, length):
+        errors, sizes, rates = jax.device_get(_error_scales(state.outputs_s, state.outputs_q, step))
+        if np.isfinite(rates).all() and rates[0] < -1e3 * np.finfo(rates.dtype).eps * len(step.outputs_s) * rates[1]:
+            raise ValueError(
+                f"the loss is not convex: B K_SS has the eigenvalue {rates[0]:.3g} at t={state.t:.6g}, but B must be "
+                "positive semi-definite along the whole path. Use a loss that is convex in the outputs."
+            )
+        return max(
+            self.controller.scale(float(e), float(s)) for e, s in zip(errors, (*sizes, state.grad_scale), strict=True)
+        )
+
+
+@partial(jax.jit, static_argnums=0)
+def _init_point(stepper, source, loss, params):
+    return stepper.init(source, loss, params)
+
+
+@partial(jax.jit, static_argnums=0)
+def _trial(stepper, source, loss, params, carry, h):
+    return stepper.step(source, loss, params, carry, h.astype(carry.frozen.rates.dtype))
+
+
+@jax.jit
+def _error_scales(u_s, u_q, step):
+    sizes = [jnp.maximum(rms(a), rms(b)) for a, b in ((u_s, step.outputs_s), (u_q, step.outputs_q))]
+    rates = step.point.frozen.rates
+    return (step.error_s, step.error_q, step.error_g), sizes, jnp.stack([rates.min(), rates.max()])
+
+
+@partial(jax.jit, static_argnums=0)
+def _accept(observables, source, loss, state, step, h):
+    h = h.astype(step.outputs_s.dtype)
+    operators = update_operators(state.operators, step.point.frozen, source.k_qs(step.point.params), h)
+    observed, values = {}, {}
+    for name, observable in observables:
+        observed[name], values[name] = observable.update(state.observed[name], source, step.point, operators, h)
+    return operators, observed, values
