@@ -1,9 +1,14 @@
 """Output-space training dynamics: flows, the dissipation Gramian, channel and reservoir, coupling, reports."""
 
+from gramian._cells import Cell, four_cells
+from gramian._channel import AboveThreshold, Channel, ChannelRule, TraceShare, signal_channel
 from gramian._checkpoint import Checkpoint
 from gramian._controllers import AdaptiveStep, ConstantStep
+from gramian._coupling import Coupling, coupling
+from gramian._fill import FillOrder, fill_order
 from gramian._flow import Flow, gradient_flow
 from gramian._frozen import FrozenKernel, freeze
+from gramian._identities import Identity, identities
 from gramian._integrator import FlowState, Integrator, StepInfo
 from gramian._losses import (
     OutputLoss,
@@ -14,6 +19,7 @@ from gramian._losses import (
 )
 from gramian._observables import (
     ChannelFill,
+    Dissipation,
     DoublingGramian,
     Evolution,
     KernelEvolution,
@@ -21,21 +27,31 @@ from gramian._observables import (
     TestKernelTop,
 )
 from gramian._operators import Operators, init_operators, update_operators
+from gramian._reference import reference_flow
+from gramian._report import Report, Risk, analyze
 from gramian._source import KernelSource
 from gramian._steppers import ExponentialEuler, ExponentialMidpoint, KernelPoint, Step, Stepper
 
 __all__ = [
+    "AboveThreshold",
     "AdaptiveStep",
+    "Cell",
+    "Channel",
     "ChannelFill",
+    "ChannelRule",
     "Checkpoint",
     "ConstantStep",
+    "Coupling",
+    "Dissipation",
     "DoublingGramian",
     "Evolution",
     "ExponentialEuler",
     "ExponentialMidpoint",
+    "FillOrder",
     "Flow",
     "FlowState",
     "FrozenKernel",
+    "Identity",
     "Integrator",
     "KernelEvolution",
     "KernelPoint",
@@ -43,15 +59,25 @@ __all__ = [
     "Observable",
     "Operators",
     "OutputLoss",
+    "Report",
+    "Risk",
     "Step",
     "StepInfo",
     "Stepper",
     "TestKernelTop",
+    "TraceShare",
+    "analyze",
     "convex_loss",
+    "coupling",
+    "fill_order",
+    "four_cells",
     "freeze",
     "gradient_flow",
+    "identities",
     "init_operators",
     "logistic_loss",
+    "reference_flow",
+    "signal_channel",
     "softmax_cross_entropy",
     "squared_loss",
     "update_operators",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,16 +16,22 @@ from gramian._source import KernelSource
 PyTree = Any
 
 
-def check_times(t0: float, t1: float, save_at: tuple[float, ...] = ()) -> None:
+def check_times(t0: float, t1: float, save_at: Iterable[float] = ()) -> tuple[float, float, tuple[float, ...]]:
+    """Returns the times as Python floats: integers and NumPy's numbers are the same times."""
+    t0, t1, save_at = float(t0), float(t1), tuple(float(t) for t in save_at)
     if not (math.isfinite(t0) and math.isfinite(t1)) or t1 <= t0:
         raise ValueError(f"t1={t1} must be finite and later than t0={t0}.")
     for t in save_at:
         if not t0 < t <= t1:
             raise ValueError(f"save_at holds {t}, but must lie in (t0, t1] = ({t0}, {t1}].")
+    return t0, t1, save_at
 
 
-def check_problem(source: KernelSource, loss: OutputLoss, params: PyTree) -> None:
-    """Shapes, dtypes, finiteness, labels, memory and convexity, cheapest first."""
+def check_problem(source: KernelSource, loss: OutputLoss, params: PyTree, *, operators: bool = True) -> None:
+    """Shapes, dtypes, finiteness, labels, memory and convexity, cheapest first.
+
+    Without operators no kernel is formed and no memory is asked for.
+    """
     if not isinstance(loss, OutputLoss):
         raise TypeError(f"loss is a {type(loss).__name__}; build it with squared_loss(y) or another gramian loss.")
     check_microbatch_size(source.microbatch_size)
@@ -37,18 +44,20 @@ def check_problem(source: KernelSource, loss: OutputLoss, params: PyTree) -> Non
         if test.num_outputs != c:
             raise ValueError(f"x_q has {test.num_outputs} outputs an example and x_s {c}; they must agree.")
     check_targets(loss, n, c, dtype)
-    held = min(source.microbatch_size or n, n) + min(source.microbatch_size or m, m)
-    entries = held * c * num_params(params) + 12 * (n * c) ** 2 + 3 * n * c * m * c
-    check_fits(
-        entries * dtype.itemsize,
-        f"a dense flow of N = {n} x {c} training and M = {m} x {c} test outputs with {held} x {c} x "
-        f"{num_params(params):,} Jacobian rows in {dtype}",
-        "Pass a smaller microbatch_size, fewer examples, or float32 data and parameters.",
-    )
+    if operators:
+        held = min(source.microbatch_size or n, n) + min(source.microbatch_size or m, m)
+        entries = held * c * num_params(params) + 12 * (n * c) ** 2 + 3 * n * c * m * c
+        check_fits(
+            entries * dtype.itemsize,
+            f"a dense flow of N = {n} x {c} training and M = {m} x {c} test outputs with {held} x {c} x "
+            f"{num_params(params):,} Jacobian rows in {dtype}",
+            "Pass a smaller microbatch_size, fewer examples, or float32 data and parameters.",
+        )
     for name, tree in (("params", params), ("x_s", source.x_s), ("x_q", source.x_q)):
         check_finite(tree, name)
-    u_s, _ = source.outputs(params)
+    u_s, u_q = source.outputs(params)
     check_finite(u_s, "apply_fn(params, x_s)")
+    check_finite(u_q, "apply_fn(params, x_q)")
     if not loss.isotropic:
         lowest = float(jnp.linalg.eigvalsh(loss.hessian(u_s)).min()) * n
         if not lowest >= -1e3 * float(jnp.finfo(dtype).eps):

@@ -34,10 +34,11 @@ class Flow:
       source, loss: the model on its points, and the training loss.
       t0, t1: start and end, in units of training time.
       params0, params: parameters at t0 and t1.
-      operators: P, W_S, D and G from t0 to t1.
+      operators: P, W_S, D and G from t0 to t1; None only from `reference_flow(..., operators=False)`.
       history: arrays over the accepted steps: `t` and `h` (units of time), `loss`, `error` (multiple of the allowed
         local error) and one entry an observable.
       observed: final states of the observables, by name.
+      observables: what was recorded, by name; `recorded` and `final` find it by kind.
       saved_params: parameters at the times of `save_at`, in their order.
       num_steps, num_rejected: accepted and rejected trial steps.
       tolerance: relative residual that the run's step-size control aims at in the identities; None if it has no aim.
@@ -52,10 +53,19 @@ class Flow:
     operators: Operators
     history: dict[str, Any]
     observed: dict[str, PyTree]
+    observables: Mapping[str, Observable]
     saved_params: tuple[PyTree, ...]
     num_steps: int
     num_rejected: int
     tolerance: float | None
+
+    def recorded(self, kind: type) -> Any:
+        """Values over the steps of the observable of this class; None if it was not recorded."""
+        return next((self.history[name] for name, o in self.observables.items() if isinstance(o, kind)), None)
+
+    def final(self, kind: type) -> Any:
+        """Final state of the observable of this class; None if it was not recorded."""
+        return next((self.observed[name] for name, o in self.observables.items() if isinstance(o, kind)), None)
 
     def outputs(self, params: PyTree) -> tuple[Float[Array, " N"], Float[Array, " M"]]:
         """Stacked training and test outputs u_S(w), U_Q(w) at any parameters."""
@@ -133,7 +143,10 @@ def gradient_flow(
       Array([ 0.632121, -0.632121], dtype=float64)
     """
     source = KernelSource(apply_fn, x_s, x_q, microbatch_size)
-    check_times(t0, t1, save_at)
+    t0, t1, save_at = check_times(t0, t1, save_at)
+    taken = {"t", "h", "loss", "error"} & set(observables or {})
+    if taken:
+        raise ValueError(f"observables must not be called {sorted(taken)}: the history has entries of that name.")
     if max_num_steps < 1:
         raise ValueError(f"max_num_steps={max_num_steps} must be at least 1.")
     check_problem(source, loss, params)
@@ -160,7 +173,8 @@ def gradient_flow(
             bar.update(state.t, info.loss, state.num_steps)
             if checkpoint is not None:
                 checkpoint.save(state, infos, saved, force=state.t >= t1)
-    return _finish(integrator, params, state, infos, saved, float(t0))
+    saved = dict(zip(sorted(set(save_at)), saved, strict=True))
+    return _finish(integrator, params, state, infos, [saved[t] for t in save_at], t0)
 
 
 def _finish(integrator: Integrator, params0: PyTree, state: FlowState, infos, saved, t0: float) -> Flow:
@@ -175,16 +189,16 @@ def _finish(integrator: Integrator, params0: PyTree, state: FlowState, infos, sa
         operators=state.operators,
         history={"t": stacked.t, "h": stacked.h, "loss": stacked.loss, "error": stacked.error, **stacked.observed},
         observed=state.observed,
+        observables=integrator.observables,
         saved_params=tuple(saved),
         num_steps=state.num_steps,
         num_rejected=state.num_rejected,
-        tolerance=_tolerance(integrator, state),
+        tolerance=attainable(integrator.controller.tolerance(integrator.stepper.order), state.outputs_s),
     )
 
 
-def _tolerance(integrator, state):
-    aim = integrator.controller.tolerance(integrator.stepper.order)
+def attainable(aim: float | None, outputs_s: Array) -> float | None:
+    """The residual to expect of the identities: no better than the arithmetic they are computed in."""
     if aim is None:
         return None
-    # No identity can be better than the arithmetic it is computed in.
-    return max(aim, 1e4 * float(jnp.finfo(state.outputs_s.dtype).eps) * math.sqrt(state.outputs_s.size))
+    return max(aim, 1e4 * float(jnp.finfo(outputs_s.dtype).eps) * math.sqrt(outputs_s.size))

@@ -172,9 +172,10 @@ class Integrator:
                 f"the loss is not convex: B K_SS has the eigenvalue {rates[0]:.3g} at t={state.t:.6g}, but B must be "
                 "positive semi-definite along the whole path. Use a loss that is convex in the outputs."
             )
-        return max(
+        scaled = [
             self.controller.scale(float(e), float(s)) for e, s in zip(errors, (*sizes, state.grad_scale), strict=True)
-        )
+        ]
+        return float(np.max(scaled))  # unlike max(), it never passes over a NaN
 
 
 @partial(jax.jit, static_argnums=0)

@@ -101,6 +101,17 @@ class ChannelFill:
 
 
 @dataclass(frozen=True)
+class Dissipation:
+    """The loss dissipated so far as the Gramian predicts it: g(t0)ᵀ W_S g(t0) (theory I2), a scalar."""
+
+    def init(self, source, loss, start):
+        return loss.grad(source.outputs(start.params)[0])
+
+    def update(self, state, source, point, operators, h):
+        return state, jnp.vdot(state, matmul(operators.gramian, state))
+
+
+@dataclass(frozen=True)
 class TestKernelTop:
     """λ_max(K_QQ) of every step, for the bound (I6); matrix-free, warm-started from the step before.
 

@@ -1,0 +1,89 @@
+"""Four cells: signal and noise, in the channel and in the reservoir (theory §6)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from gramian._channel import Channel
+from gramian._flow import Flow
+from gramian._losses import OutputLoss
+
+
+class Cell(NamedTuple):
+    """One part of the output gradient g(s), in one space.
+
+    Attributes:
+      part: "signal" or "noise"; "interaction" for what the four cells do not add up to by themselves.
+      space: "channel" or "reservoir"; "all" for the interaction.
+      gradient: ‖v‖² / ‖g(s)‖², its share of the initial output gradient.
+      dissipated: vᵀW_S v / gᵀW_S g, its share of the loss that training dissipates.
+      test_motion: ‖G v‖² / ‖G g‖², its share of the squared test displacement; nan without test points.
+      left: ‖P v‖ / ‖v‖, the fraction of it that is left at the end; nan for the interaction or an empty cell.
+    """
+
+    part: str
+    space: str
+    gradient: float
+    dissipated: float
+    test_motion: float
+    left: float
+
+
+def four_cells(flow: Flow, channel: Channel, clean_loss: OutputLoss | None = None) -> tuple[Cell, ...]:
+    """Splits g(s) into signal and noise, and each into channel and reservoir (theory §6).
+
+    With clean targets the signal is the output gradient of the clean loss and the noise what the labels' corruption
+    adds: g = g_clean + (g − g_clean). Shares are quadratic, so parts that are not orthogonal interact: the last row
+    holds the cross terms, and each column of shares adds up to 1.
+
+    Args:
+      flow: a finished flow.
+      channel: the split of its W_S.
+      clean_loss: the same loss with uncorrupted targets. None takes all of g for signal: two cells.
+
+    Returns:
+      The cells, the interaction last.
+
+    Raises:
+      ValueError: a clean loss of another kind, or for another number of examples.
+
+    Cost: O(N² + M·N).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gramian import four_cells, gradient_flow, signal_channel, squared_loss
+      >>> y, clean = jnp.array([1.0, -1.0]), jnp.array([1.0, 1.0])
+      >>> flow = gradient_flow(lambda w, x: x @ w, jnp.zeros(2), jnp.eye(2), squared_loss(y), t1=1.0)
+      >>> cells = four_cells(flow, signal_channel(flow.operators.gramian), squared_loss(clean))
+      >>> [f"{cell.part} {cell.space}" for cell in cells]
+      ['signal channel', 'signal reservoir', 'noise channel', 'noise reservoir', 'interaction all']
+    """
+    g = np.asarray(flow.output_grad(flow.params0))
+    parts = {"signal": g}
+    if clean_loss is not None:
+        if clean_loss.name != flow.loss.name or clean_loss.targets.shape != flow.loss.targets.shape:
+            raise ValueError(
+                f"clean_loss is {clean_loss.name} with targets {clean_loss.targets.shape}, but the flow's loss is "
+                f"{flow.loss.name} with targets {flow.loss.targets.shape}; build both alike."
+            )
+        signal = np.asarray(clean_loss.grad(flow.source.outputs(flow.params0)[0]))
+        parts = {"signal": signal, "noise": g - signal}
+    p, w, _, transfer = (np.asarray(operator) for operator in flow.operators)
+
+    def energies(v):
+        return np.array([v @ v, v @ (w @ v), np.sum((transfer @ v) ** 2)])
+
+    total = energies(g)
+    if total[2] == 0:
+        total[2] = np.nan
+    cells = []
+    for part, vector in parts.items():
+        for space, project in (("channel", channel.signal), ("reservoir", channel.reservoir)):
+            v = project(vector)
+            size = np.linalg.norm(v)
+            left = np.linalg.norm(p @ v) / size if size > 1e-14 * np.linalg.norm(g) else np.nan
+            cells.append(Cell(part, space, *map(float, energies(v) / total), float(left)))
+    rest = 1 - np.sum([cell[2:5] for cell in cells], axis=0)
+    return (*cells, Cell("interaction", "all", *map(float, rest), float("nan")))
