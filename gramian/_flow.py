@@ -149,6 +149,9 @@ def gradient_flow(
         raise ValueError(f"observables must not be called {sorted(taken)}: the history has entries of that name.")
     if max_num_steps < 1:
         raise ValueError(f"max_num_steps={max_num_steps} must be at least 1.")
+    taken = {"t", "h", "loss", "error"} & set(observables or {})
+    if taken:
+        raise ValueError(f"observables may not be named {sorted(taken)}: the history has entries of these names.")
     check_problem(source, loss, params)
     params = jax.tree.map(jnp.asarray, params)
     integrator = Integrator(source, loss, stepper, controller, dict(observables or {}))
@@ -173,8 +176,8 @@ def gradient_flow(
             bar.update(state.t, info.loss, state.num_steps)
             if checkpoint is not None:
                 checkpoint.save(state, infos, saved, force=state.t >= t1)
-    saved = dict(zip(sorted(set(save_at)), saved, strict=True))
-    return _finish(integrator, params, state, infos, [saved[t] for t in save_at], t0)
+    saved_at = dict(zip(sorted(set(save_at)), saved, strict=True))
+    return _finish(integrator, params, state, infos, [saved_at[t] for t in save_at], t0)
 
 
 def _finish(integrator: Integrator, params0: PyTree, state: FlowState, infos, saved, t0: float) -> Flow:

@@ -70,9 +70,9 @@ def reference_flow(
 
     Not supported: observables, checkpoints; a loss that turns non-convex on the way is not noticed.
 
-    Cost: an explicit solver takes a number of steps that grows with (t1 − t0)·λ_max(B K_SS); each evaluates both kernels
-    6 times and more (with operators=False: one vector-Jacobian product). An implicit one takes few, but solves dense
-    systems of size p + 3·N² + M·N (with operators=False: p).
+    Cost: an explicit solver takes a number of steps that grows with (t1 − t0)·λ_max(B K_SS); each evaluates both
+    kernels 6 times and more (with operators=False: one vector-Jacobian product). An implicit one takes few, but solves
+    dense systems of size p + 3·N² + M·N (with operators=False: p).
 
     Source: Kidger, "On Neural Differential Equations", arXiv:2202.02435 (diffrax).
 
@@ -167,5 +167,5 @@ def _solve(solver, max_steps, operators, source, loss, params, t0, t1, rtol, ato
         max_steps=max_steps,
         throw=False,
     )
-    (_, times), (end, losses) = solution.ts, solution.ys
+    (_, times), (end, losses) = solution.ts, solution.ys  # pyright: ignore[reportGeneralTypeIssues]
     return jax.tree.map(lambda leaf: leaf[0], end), times, losses, solution.stats, solution.result
