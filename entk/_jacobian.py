@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import jax
@@ -23,7 +22,7 @@ def example_jacobian(apply_fn: ApplyFn, params: PyTree, x_i: PyTree) -> list[Arr
 
     with model_precision():
         jac = jax.jacrev(outputs)(params)
-    return [leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:])) for leaf in jax.tree.leaves(jac)]
+    return [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(jac)]
 
 
 def model_precision():

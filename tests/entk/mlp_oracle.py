@@ -49,6 +49,24 @@ def kernel_by_hand(params: Params, x1: np.ndarray, x2: np.ndarray) -> np.ndarray
     return rows.reshape(-1, rows.shape[2]) @ columns.reshape(-1, rows.shape[2]).T
 
 
+def wavy_fn(params: dict[str, Array], x: Array) -> Array:
+    """The sine of the network's outputs.
+
+    The blocks of the network's own kernel are symmetric, K[ia, jb] = K[ib, ja], and cannot tell a from b; these are
+    not.
+    """
+    return jnp.sin(apply_fn(params, x))
+
+
+def wavy_jacobian_by_hand(params: Params, x: np.ndarray) -> np.ndarray:
+    return np.cos(forward(params, x))[:, :, None] * jacobian_by_hand(params, x)
+
+
+def wavy_kernel_by_hand(params: Params, x1: np.ndarray, x2: np.ndarray) -> np.ndarray:
+    rows, columns = np.cos(forward(params, x1)).ravel(), np.cos(forward(params, x2)).ravel()
+    return rows[:, None] * kernel_by_hand(params, x1, x2) * columns
+
+
 def complex_step_jacobian(function: Callable[[np.ndarray], np.ndarray], flat: np.ndarray) -> np.ndarray:
     """d function / d flat by ``Im f(w + i h e_j) / h``: no subtraction, so exact to rounding."""
     step = 1e-30

@@ -153,14 +153,15 @@ def test_angles_are_those_of_scipy(seed, rank):
     assert (np.diff(angles) >= -1e-12).all()
 
 
-@pytest.mark.parametrize("angle", [1e-12, 1e-9, 1e-6, 1e-3, 0.1, np.pi / 4, 1.0, 1.5, np.pi / 2 - 1e-9, np.pi / 2])
+@pytest.mark.parametrize("angle", [1e-12, 1e-9, 1e-6, 1e-3, 0.1, np.pi / 4, 1.0, 1.5, np.pi / 2 - 1e-6, np.pi / 2])
 def test_a_rotation_is_found_with_its_angle(angle):
     """Out of the leading pair of a four-dimensional space: the other leading direction stays."""
     k0 = np.diag([4.0, 3.0, 0.5, 0.25])
     turn = rotation(angle, 4, first=0, second=2)
     angles = principal_angles(turn @ k0 @ turn.T, k0, 2)
-    assert angles[0] <= 1e-14
-    assert float(angles[1]) == pytest.approx(angle, rel=1e-6 if angle > 1e-10 else 1e-3)
+    assert angles[0] <= 1e-13
+    # To rounding: a cosine alone would lose what is below 1e-8, a sine alone the digits close to a right angle.
+    assert float(angles[1]) == pytest.approx(angle, rel=0, abs=2e-14)
 
 
 def test_small_angles_are_found_in_any_basis():
@@ -168,8 +169,8 @@ def test_small_angles_are_found_in_any_basis():
     k0 = basis @ np.diag([6.0, 5, 4, 0.3, 0.2, 0.1]) @ basis.T
     turn = basis @ rotation(1e-9, first=0, second=3) @ rotation(2e-6, first=1, second=4) @ basis.T
     angles = principal_angles(turn @ k0 @ turn.T, k0, 3)
-    np.testing.assert_allclose(angles[1:], [1e-9, 2e-6], rtol=1e-5)
-    assert angles[0] < 1e-14
+    np.testing.assert_allclose(angles[1:], [1e-9, 2e-6], rtol=1e-4)
+    assert angles[0] < 1e-13
 
 
 def test_angles_see_subspaces_and_not_their_bases():

@@ -63,13 +63,13 @@ def test_a_linear_model_gives_its_features_exactly():
     np.testing.assert_array_equal(jacobian(lambda w, x: x @ w, jnp.ones(7), features)[:, 0], features)
 
 
-@pytest.mark.parametrize("microbatch_size", [1, 2, 3, 4, 5, 6, 7, 12, 1000, np.int64(4)])
+@pytest.mark.parametrize("microbatch_size", [1, 2, 4, 5, 6, 1000, np.int64(3)])
 def test_every_microbatch_size_gives_the_same(microbatch_size):
     params, x = init(4), batch(4, 6)
     assert_close(jacobian(apply_fn, params, x, microbatch_size=microbatch_size), jacobian_by_hand(params, x))
 
 
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(
     seed=st.integers(0, 2**31),
     n=st.integers(1, 7),

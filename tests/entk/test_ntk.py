@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlp_oracle import apply_fn, assert_close, batch, init, jacobian_by_hand, kernel_by_hand
+from mlp_oracle import assert_close, batch, init
+from mlp_oracle import wavy_fn as apply_fn
+from mlp_oracle import wavy_jacobian_by_hand as jacobian_by_hand
+from mlp_oracle import wavy_kernel_by_hand as kernel_by_hand
 
 import entk._checks
 import entk._ntk
@@ -14,7 +17,7 @@ from entk import empirical_ntk, ntk_vector_product
 
 PARAMS, X_S, X_Q = init(0), batch(0, 6), batch(1, 4)
 K_SS, K_QS = kernel_by_hand(PARAMS, X_S, X_S), kernel_by_hand(PARAMS, X_Q, X_S)
-SIZES = [None, 1, 2, 3, 4, 5, 6, 7, 1000, np.int64(4)]
+SIZES = [None, 1, 2, 4, 6, 1000]  # for n = 6 and m = 4: divisors, remainders, all, more
 
 # ---------------------------------------------------------------------------------------------------------- the kernel
 
@@ -44,6 +47,7 @@ def test_k_sq_is_the_transpose_of_k_qs():
 @pytest.mark.parametrize("microbatch_size", [None, 4])
 def test_rows_and_columns_are_example_major(microbatch_size):
     """Row i·c + a belongs to output a of example i; written out entry by entry, for unequal n and m."""
+    assert K_QS[0, 1] != pytest.approx(K_QS[1, 0], rel=0.1)  # else exchanged outputs would pass unseen
     jac_q, jac_s = jacobian_by_hand(PARAMS, X_Q), jacobian_by_hand(PARAMS, X_S)
     kernel = empirical_ntk(apply_fn, PARAMS, X_Q, X_S, microbatch_size=microbatch_size)
     for i in range(4):
@@ -107,7 +111,7 @@ def test_inputs_may_be_a_pytree():
     assert_close(ntk_vector_product(model, PARAMS, np.ones(12), x_q, x_s), K_QS @ np.ones(12))
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     seed=st.integers(0, 2**31),
     n=st.integers(1, 6),
