@@ -139,7 +139,7 @@ def test_a_step_against_an_ordinary_solver(kind):
 @pytest.mark.parametrize("kind", ["isotropic", "random", "softmax", "low-rank kernel"])
 @pytest.mark.parametrize("stiffness", [1e3, 1e6])
 def test_stiff_steps(kind, stiffness):
-    """h·γ up to 1e6, with slow modes beside the fast ones: by eigenvalues of the symmetric form, in 64-bit mantissas."""
+    """h·γ up to 1e6, slow modes beside fast ones: by eigenvalues of the symmetric form and φ₁ in 64-bit mantissas."""
     rng = np.random.default_rng(11)
     vectors = np.linalg.qr(rng.normal(size=(6, 6)))[0]
     values = np.logspace(0, -8, 6) * (1 if kind != "low-rank kernel" else np.array([1, 1, 1, 0, 0, 0]))
