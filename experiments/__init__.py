@@ -1,0 +1,1 @@
+"""Reproduction scripts, one a claim: `python -m experiments NAME`."""

@@ -92,9 +92,15 @@ class _Run:
         self.eps = float(jnp.finfo(u0.dtype).eps)
         self.has_test = len(self.g_q) > 0
 
-    def rounding(self, factor: float) -> float:
-        """A tolerance of `factor` roundings; 1e-10 in float64 is a factor of 4.5e5."""
-        return factor * self.eps
+    @property
+    def rounding(self) -> float:
+        """Tolerance for what holds to rounding: 1e-10 in float64, 7e-5 in float32."""
+        return 2.7 * self.eps ** (2 / 3)
+
+    @property
+    def half_precision(self) -> float:
+        """Tolerance for what two algorithms of finite accuracy agree on: 1.5e-8 in float64, 3e-4 in float32."""
+        return self.eps**0.5
 
 
 def _path(run: _Run, tolerance: float) -> list[Identity]:
@@ -120,7 +126,7 @@ def _energies(run: _Run) -> Identity:
     values, vectors = np.linalg.eigh(run.w)
     energies = np.sum(vectors * (np.asarray(state[1], np.float64) @ vectors), axis=0)
     residual = float(np.abs(values - energies).max() / values.max())
-    tolerance = run.rounding(4.5e7)
+    tolerance = run.half_precision
     return Identity(
         name, statement, residual, tolerance, residual <= tolerance, "energies by scaling and squaring, all j"
     )
@@ -137,7 +143,7 @@ def _invisibility(run: _Run, num_directions: int) -> Identity:
     seen = np.concatenate([np.sum((run.g_q @ v) ** 2, axis=0) for v in (vectors, directions)])
     allowed = bound * np.concatenate([values, np.sum(directions * (run.w @ directions), axis=0)])
     # Where ψ is invisible to rounding both sides are noise: compare with the rounding of the largest.
-    floor = run.rounding(100) * allowed.max()
+    floor = 100 * run.eps * allowed.max()
     ratio = float((seen / np.maximum(allowed, floor)).max())
     return Identity(
         name,
@@ -158,7 +164,7 @@ def _squared(run: _Run) -> Identity:
     missed_d = np.linalg.norm(run.d - run.n * (np.eye(run.size) - run.p)) / np.linalg.norm(run.d)
     values = np.linalg.eigvalsh(run.w)
     outside = max(-values[0], values[-1] - run.n / 2, 0.0) / (run.n / 2)
-    residual, tolerance = float(max(missed_w, missed_d, outside)), run.rounding(4.5e5)
+    residual, tolerance = float(max(missed_w, missed_d, outside)), run.rounding
     statement = "D = n(I − P), W_S = (n/2)(I − PᵀP)"
     return Identity("(I7)", statement, residual, tolerance, residual <= tolerance, "spectrum of W_S within [0, n/2]")
 
@@ -189,8 +195,8 @@ def _frozen_kernel(run: _Run, tolerance: float) -> Identity:
 def _coupling(run: _Run, coupled: Coupling | None) -> Identity:
     coupled = coupled or coupling(run.flow)
     if run.flow.loss.isotropic:
-        statement, tolerance = "G = A D, A = G D⁺", run.rounding(4.5e5)
+        statement, tolerance = "G = A D, A = G D⁺", run.rounding
     else:
-        statement, tolerance = "(G−AD) W⁺ (G−AD)ᵀ = R⊥R⊥ᵀ", run.rounding(4.5e7)
+        statement, tolerance = "(G−AD) W⁺ (G−AD)ᵀ = R⊥R⊥ᵀ", run.half_precision
     note = f"predicted against observed test displacement: correlation {coupled.correlation:.6f}"
     return Identity("(I9)", statement, coupled.residual, tolerance, coupled.residual <= tolerance, note)

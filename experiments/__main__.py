@@ -1,0 +1,16 @@
+"""`python -m experiments NAME`: runs one experiment; `--help` lists names and settings."""
+
+import tyro
+
+from experiments.benchmarks.flow import main as benchmark_flow
+from experiments.quickstart import main as quickstart
+
+EXPERIMENTS = {"quickstart": quickstart, "benchmark-flow": benchmark_flow}
+
+
+def main() -> None:
+    tyro.extras.subcommand_cli_from_dict(EXPERIMENTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Each experiment runs from end to end on its smallest setting, writes what it promises, and refuses bad settings."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import _results
+from experiments._digits import digits
+from experiments.benchmarks.flow import METHODS, FlowBenchmark
+from experiments.benchmarks.flow import main as benchmark_flow
+from experiments.quickstart import Quickstart
+from experiments.quickstart import main as quickstart
+
+PICTURES = ("spectrum", "residual_by_direction", "cells", "test_displacement", "kernel_drift", "kernel_surface", "loss")
+
+
+@pytest.mark.parametrize("loss", ["squared", "softmax"])
+def test_quickstart_writes_numbers_and_figures(tmp_path, capsys, loss):
+    quickstart(Quickstart(loss=loss, smoke=True, out=tmp_path))
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {row["name"]: row for row in report["identities"]}
+    assert all(row["holds"] is not False for row in rows.values())
+    assert ("must fail" in rows["(I7)"]["note"]) == (loss == "softmax")
+    assert report["settings"]["label_noise"] == 0.1
+    assert report["coupling"]["correlation"] > 0.999
+    for name in (*PICTURES, "overview"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+    assert str(tmp_path) in capsys.readouterr().out.replace("\n", "")
+
+
+def test_quickstart_goes_on_from_its_checkpoint(tmp_path):
+    def numbers():
+        quickstart(Quickstart(smoke=True, out=tmp_path, t1=3.0))
+        report = json.loads((tmp_path / "report.json").read_text())
+        return {key: value for key, value in report.items() if key != "seconds"}
+
+    assert numbers() == numbers()
+    with pytest.raises(ValueError, match="another problem"):
+        quickstart(Quickstart(smoke=True, out=tmp_path, t1=4.0))
+    quickstart(Quickstart(smoke=True, out=tmp_path, t1=4.0, fresh=True))
+
+
+def test_label_noise_corrupts_just_that_share():
+    clean = digits(50, 10, odd_even=False, label_noise=0.0, seed=1)
+    noisy = digits(50, 10, odd_even=False, label_noise=0.3, seed=1)
+    np.testing.assert_array_equal(clean.x_s, noisy.x_s)
+    np.testing.assert_array_equal(clean.noisy_s, clean.clean_s)
+    assert (noisy.noisy_s != noisy.clean_s).sum() == 15
+    assert set(noisy.noisy_s) <= set(range(10))
+
+
+def test_training_and_test_points_are_different_digits():
+    data = digits(800, 997, odd_even=True, label_noise=0.1, seed=0)
+    train = {row.tobytes() for row in np.asarray(data.x_s)}
+    assert sum(row.tobytes() in train for row in np.asarray(data.x_q)) == 0
+
+
+@pytest.mark.parametrize(("sizes", "noise"), [((0, 10), 0.1), ((1000, 1000), 0.1), ((10, 10), 1.5), ((10, 10), -0.1)])
+def test_impossible_splits_are_refused(sizes, noise):
+    with pytest.raises(ValueError, match=r"must (be|lie)"):
+        digits(*sizes, odd_even=True, label_noise=noise, seed=0)
+
+
+def test_flow_benchmark_times_every_method_and_resumes(tmp_path, monkeypatch):
+    settings = FlowBenchmark(smoke=True, out=tmp_path)
+    benchmark_flow(settings)
+    path = tmp_path / "benchmark.json"
+    first = path.read_text()
+    runs = json.loads(first)["runs"]
+    assert len(runs) == 2 * len(METHODS)
+    for name in ("exponential midpoint", "Tsit5"):
+        assert all(run["error"] <= 1e-3 for key, run in runs.items() if key.startswith(name))
+    assert (tmp_path / "benchmark.png").stat().st_size > 5_000
+    benchmark_flow(settings)
+    assert path.read_text() == first
+
+
+def test_readme_table_is_made_of_the_rows_in_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(_results, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    _results.write_row("b", ("b", "s", "o", "c"))
+    _results.write_row("a", ("a", "s", "o", "c"))
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n<!-- results -->\n| experiment |")
+    assert text.index("| a |") < text.index("| b |")
+    assert "old" not in text
+    assert text.endswith("<!-- /results -->\nafter\n")
+    with pytest.raises(ValueError, match="no place"):
+        _results.write_readme("elsewhere", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nothing"], "nothing"), (["quickstart", "--loss", "hinge"], "hinge"), (["quickstart", "--widht", "3"], "widht")],
+)
+def test_wrong_arguments_are_refused_by_name(arguments, message):
+    command = [sys.executable, "-m", "experiments", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(_results.__file__).parent.parent)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr

@@ -1,0 +1,32 @@
+"""README's example runs as typed, and the numbers in README are those its scripts wrote."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_as_typed(tmp_path):
+    (example,) = re.findall(r"## Example\n\n```python\n(.*?)```", README, re.DOTALL)
+    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Identities" in result.stdout
+    assert "NO" not in result.stdout  # an identity that does not hold
+    assert (tmp_path / "report.png").exists()
+
+
+def test_the_results_table_is_the_one_the_scripts_wrote():
+    table = README.split("<!-- results -->\n")[1].split("<!-- /results -->")[0]
+    rows = [path.read_text() for path in sorted((ROOT / "results").glob("*/row.md"))]
+    assert rows
+    assert table == "| experiment | setting | outcome | cost |\n|---|---|---|---|\n" + "".join(rows)
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for target in re.findall(r"`((?:notebooks|locks|results)/[\w./]*)`", README):
+        assert (ROOT / target).exists(), target
