@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array, Float
 
 from entk import empirical_ntk
+from entk._jacobian import model_precision
 
 PyTree = Any
 
@@ -55,5 +56,6 @@ class KernelSource:
         return jax.jvp(self.outputs, (params,), (tangent,))[1]
 
     def _rows(self, params, x):
-        out = self.apply_fn(params, x)
+        with model_precision():  # as in entk: its J and this one have to be the same
+            out = self.apply_fn(params, x)
         return out.reshape(out.shape[0], -1)
