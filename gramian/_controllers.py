@@ -114,7 +114,7 @@ class ConstantStep:
         return None
 
     def scale(self, error: float, size: float) -> float:
-        return error / size if size > 0 else 0.0
+        return error / size if size != 0 else 0.0  # a size that is NaN makes the error NaN
 
 
 def _require(condition: bool, message: str) -> None:

@@ -145,6 +145,8 @@ class Integrator:
                     f"no step from t={state.t:.6g} meets the tolerance, down to length {h:.3g}: the outputs jump or "
                     "are not finite there. Check apply_fn for kinks and overflow, or raise rtol."
                 )
+        # Only now: a trial that is too long may look where the path never goes.
+        _check_convex(jax.device_get(step.point.frozen.rates), state.t)
         operators, observed, values = _accept(
             tuple(self.observables.items()), self.source, self.loss, state, step, jnp.asarray(length)
         )
@@ -166,12 +168,7 @@ class Integrator:
         return new, StepInfo(t, length, float(self.loss.value(step.outputs_s)), error, jax.device_get(values))
 
     def _scaled_error(self, state, step, length):
-        errors, sizes, rates = jax.device_get(_error_scales(state.outputs_s, state.outputs_q, step))
-        if np.isfinite(rates).all() and rates[0] < -1e3 * np.finfo(rates.dtype).eps * len(step.outputs_s) * rates[1]:
-            raise ValueError(
-                f"the loss is not convex: B K_SS has the eigenvalue {rates[0]:.3g} at t={state.t:.6g}, but B must be "
-                "positive semi-definite along the whole path. Use a loss that is convex in the outputs."
-            )
+        errors, sizes = jax.device_get(_error_scales(state.outputs_s, state.outputs_q, step))
         scaled = [
             self.controller.scale(float(e), float(s)) for e, s in zip(errors, (*sizes, state.grad_scale), strict=True)
         ]
@@ -191,8 +188,16 @@ def _trial(stepper, source, loss, params, carry, h):
 @jax.jit
 def _error_scales(u_s, u_q, step):
     sizes = [jnp.maximum(rms(a), rms(b)) for a, b in ((u_s, step.outputs_s), (u_q, step.outputs_q))]
-    rates = step.point.frozen.rates
-    return (step.error_s, step.error_q, step.error_g), sizes, jnp.stack([rates.min(), rates.max()])
+    return (step.error_s, step.error_q, step.error_g), sizes
+
+
+def _check_convex(rates: np.ndarray, t: float) -> None:
+    lowest, highest = rates.min(), rates.max()
+    if lowest < -1e3 * np.finfo(rates.dtype).eps * len(rates) * highest:
+        raise ValueError(
+            f"the loss is not convex: B K_SS has the eigenvalue {lowest:.3g} in the step from t={t:.6g}, but B must be "
+            "positive semi-definite along the whole path. Use a loss that is convex in the outputs."
+        )
 
 
 @partial(jax.jit, static_argnums=0)
