@@ -31,12 +31,23 @@ from gramian import (
     Report,
     TraceShare,
     analyze,
+    plots,
     softmax_cross_entropy,
     squared_loss,
 )
 
 # Accepted steps of the default run, for the estimate of its duration: they go like rtol^(-1/3).
 STEPS_AT_1E4 = 75
+
+PICTURES = (
+    plots.spectrum,
+    plots.residual_by_direction,
+    plots.cells,
+    plots.test_displacement,
+    plots.kernel_drift,
+    plots.kernel_surface,
+    plots.loss,
+)
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,7 @@ def main(settings: Annotated[Quickstart, tyro.conf.arg(name="")] = Quickstart())
     checkpoint = Checkpoint(out / "checkpoint")
     if settings.fresh:
         shutil.rmtree(checkpoint.directory, ignore_errors=True)
+    resumed = Path(checkpoint.directory).exists()
     start = time.perf_counter()
     report = analyze(
         case.apply_fn,
@@ -161,9 +173,11 @@ def main(settings: Annotated[Quickstart, tyro.conf.arg(name="")] = Quickstart())
     )
     seconds = time.perf_counter() - start
     console.print(report)
-    summary = _write(report, settings, out, seconds)
+    summary = _write(report, settings, out, None if resumed else round(seconds, 1))
+    shutil.rmtree(checkpoint.directory)  # everything it held is written now
     console.print(
-        f"{seconds:.0f} s. Figures and numbers are in {out}: overview.png first, report.json for the numbers."
+        f"{seconds:.0f} s{' since the interruption' if resumed else ''}. Figures and numbers are in {out}: "
+        "overview.png first, report.json for the numbers."
     )
     if settings.readme:
         write_row(name, _row(summary))
@@ -186,19 +200,17 @@ def _estimate(settings: Quickstart, case: Problem) -> float:
     return 20 + steps * (2 * seconds(case.x_s) + seconds(case.x_q, case.x_s))
 
 
-def _write(report: Report, settings: Quickstart, out: Path, seconds: float) -> dict:
-    from gramian import plots
-
+def _write(report: Report, settings: Quickstart, out: Path, seconds: float | None) -> dict:
     out.mkdir(parents=True, exist_ok=True)
-    for name, draw in getattr(plots, "PICTURES", {}).items():
-        draw(report).figure.savefig(out / f"{name}.png")
+    for draw in PICTURES:
+        draw(report).figure.savefig(out / f"{draw.__name__}.png")
     report.plot(path=out / "overview.png")
     chosen = {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()}
     summary = {
         "claim": "the identities hold along a real run, and A carries the training displacement to the test points",
         "settings": chosen,
         "num_params": num_params(report.flow.params),
-        "seconds": round(seconds, 1),
+        "seconds": seconds,
         "machine": machine(),
         **report.as_dict(),
     }
@@ -215,5 +227,5 @@ def _row(summary: dict) -> tuple[str, ...]:
         f"(I1)-(I4) ≤ {path:.1e} at rtol {summary['settings']['rtol']:g}; kernel drift {kernel['end']:.2f}; predicted "
         f"against observed test displacement: correlation {coupled['correlation']:.8f}, relative error "
         f"{coupled['relative_error']:.1e} (paper: 0.991, 0.165)",
-        f"{summary['num_steps']} steps, {summary['seconds']:.0f} s on {summary['machine']['cores']} cores",
+        f"{summary['num_steps']} steps, {summary['seconds'] or '?'} s on {summary['machine']['cores']} cores",
     )

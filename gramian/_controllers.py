@@ -23,8 +23,8 @@ class Controller(Protocol):
 
     def update(self, h: float, scaled_error: float, order: int) -> Decision: ...
 
-    def tolerance(self, order: int) -> float | None:
-        """Relative residual that the identities of a run under this controller may have; None if it promises none."""
+    def tolerance(self, num_steps: int) -> float | None:
+        """Relative residual that the identities may have after so many steps; None if the rule promises none."""
         ...
 
     def scale(self, error: float, size: float) -> float:
@@ -38,8 +38,8 @@ class AdaptiveStep:
 
     The error is a root mean square over the outputs, and `size` that of the outputs themselves, taken separately for
     training outputs, test outputs and output gradient (the last against its value at the start). For a stepper of
-    order p the error of a step is O(hᵖ⁺¹), so h goes like rtol^(1/(p+1)) and the residuals of the identities, global
-    errors of order p, like rtol^(p/(p+1)).
+    order p the error of a step is O(hᵖ⁺¹), so h goes like rtol^(1/(p+1)). The identities may be missed by what the
+    steps were allowed to miss in all, num_steps · rtol, which goes like rtol^(p/(p+1)).
 
     Args:
       rtol: relative local error, without unit, > 0.
@@ -75,8 +75,8 @@ class AdaptiveStep:
         factor = 4.0 if scaled_error == 0 else min(4.0, max(0.2, 0.9 * scaled_error ** (-1 / (order + 1))))
         return Decision(scaled_error <= 1, h * factor)
 
-    def tolerance(self, order: int) -> float | None:
-        return self.rtol ** (order / (order + 1))
+    def tolerance(self, num_steps: int) -> float | None:
+        return num_steps * self.rtol
 
     def scale(self, error: float, size: float) -> float:
         allowed = self.atol + self.rtol * size
@@ -110,7 +110,7 @@ class ConstantStep:
     def update(self, h: float, scaled_error: float, order: int) -> Decision:
         return Decision(True, self.dt)
 
-    def tolerance(self, order: int) -> float | None:
+    def tolerance(self, num_steps: int) -> float | None:
         return None
 
     def scale(self, error: float, size: float) -> float:

@@ -41,7 +41,7 @@ class Flow:
       observables: what was recorded, by name; `recorded` and `final` find it by kind.
       saved_params: parameters at the times of `save_at`, in their order.
       num_steps, num_rejected: accepted and rejected trial steps.
-      tolerance: relative residual that the run's step-size control aims at in the identities; None if it has no aim.
+      tolerance: relative residual that the run's step-size control allows in the identities; None if it promises none.
     """
 
     source: KernelSource
@@ -196,7 +196,7 @@ def _finish(integrator: Integrator, params0: PyTree, state: FlowState, infos, sa
         saved_params=tuple(saved),
         num_steps=state.num_steps,
         num_rejected=state.num_rejected,
-        tolerance=attainable(integrator.controller.tolerance(integrator.stepper.order), state.outputs_s),
+        tolerance=attainable(integrator.controller.tolerance(state.num_steps), state.outputs_s),
     )
 
 

@@ -45,7 +45,7 @@ def identities(
     Args:
       flow: a finished flow. (I5) needs `DoublingGramian()` among its observables, (I6) `TestKernelTop()`.
       tolerance: relative residual allowed in (I1)-(I4), which hold up to the discretisation of the flow. None takes
-        what the step-size control aims at, rtol^(p/(p+1)) for a stepper of order p.
+        what the step-size control allowed in all: num_steps · rtol under `AdaptiveStep`.
       num_directions: random directions, besides all eigenvectors of W_S, on which (I6) is tried.
       coupled: the flow's `coupling`, if it is at hand already.
 
@@ -53,7 +53,7 @@ def identities(
       One `Identity` a statement.
 
     Raises:
-      ValueError: no tolerance given for a flow whose controller aims at none (`ConstantStep`).
+      ValueError: no tolerance given for a flow whose controller promises none (`ConstantStep`).
 
     Cost: O(N³ + M·N²), and one K_QS for (I8).
 
@@ -67,7 +67,7 @@ def identities(
     """
     tolerance = flow.tolerance if tolerance is None else tolerance
     if tolerance is None:
-        raise ValueError("this flow's controller aims at no tolerance; pass tolerance=..., the residual you allow.")
+        raise ValueError("this flow's controller promises no tolerance; pass tolerance=..., the residual you allow.")
     run = _Run(flow)
     rows = [*_path(run, tolerance), _energies(run), _squared(run), _frozen_kernel(run, tolerance)]
     if run.has_test:

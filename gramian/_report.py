@@ -147,7 +147,7 @@ class Report:
         return self._render().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
     def _render(self) -> Console:
-        console = Console(record=True, width=118, file=io.StringIO())
+        console = Console(record=True, width=118, file=io.StringIO(), force_jupyter=False)
         console.print(self)
         return console
 
@@ -270,8 +270,8 @@ def analyze(
       (3, 3)
     """
     t0, t1, _ = check_times(t0, t1)
-    if controller.tolerance(stepper.order) is None:
-        raise ValueError(f"{controller} aims at no tolerance to judge the identities by; use AdaptiveStep(rtol).")
+    if controller.tolerance(1) is None:
+        raise ValueError(f"{controller} promises no tolerance to judge the identities by; use AdaptiveStep(rtol).")
     _check_companions(apply_fn, params, x_s, x_q, clean_loss, test_loss)
     standard = {
         "evolution": KernelEvolution(),

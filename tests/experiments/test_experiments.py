@@ -12,10 +12,8 @@ from experiments import _results
 from experiments._digits import digits
 from experiments.benchmarks.flow import METHODS, FlowBenchmark
 from experiments.benchmarks.flow import main as benchmark_flow
-from experiments.quickstart import Quickstart
+from experiments.quickstart import PICTURES, Quickstart
 from experiments.quickstart import main as quickstart
-
-PICTURES = ("spectrum", "residual_by_direction", "cells", "test_displacement", "kernel_drift", "kernel_surface", "loss")
 
 
 @pytest.mark.parametrize("loss", ["squared", "softmax"])
@@ -27,21 +25,33 @@ def test_quickstart_writes_numbers_and_figures(tmp_path, capsys, loss):
     assert ("must fail" in rows["(I7)"]["note"]) == (loss == "softmax")
     assert report["settings"]["label_noise"] == 0.1
     assert report["coupling"]["correlation"] > 0.999
-    for name in (*PICTURES, "overview"):
+    for name in (*(picture.__name__ for picture in PICTURES), "overview"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5_000
     assert str(tmp_path) in capsys.readouterr().out.replace("\n", "")
 
 
-def test_quickstart_goes_on_from_its_checkpoint(tmp_path):
-    def numbers():
-        quickstart(Quickstart(smoke=True, out=tmp_path, t1=3.0))
-        report = json.loads((tmp_path / "report.json").read_text())
-        return {key: value for key, value in report.items() if key != "seconds"}
+def test_quickstart_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    settings = Quickstart(smoke=True, out=tmp_path, t1=3.0)
+    quickstart(settings)
+    whole = json.loads((tmp_path / "report.json").read_text())
+    assert not (tmp_path / "checkpoint").exists()
 
-    assert numbers() == numbers()
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    # Interrupted when the run is over and saved, but nothing is written yet.
+    monkeypatch.setattr("gramian._report.signal_channel", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quickstart(settings)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="another problem"):
         quickstart(Quickstart(smoke=True, out=tmp_path, t1=4.0))
-    quickstart(Quickstart(smoke=True, out=tmp_path, t1=4.0, fresh=True))
+    monkeypatch.setattr("gramian.Integrator.update", lambda *_: pytest.fail("computed twice"))
+    quickstart(settings)
+    monkeypatch.undo()
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert again["seconds"] is None
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
 
 
 def test_label_noise_corrupts_just_that_share():

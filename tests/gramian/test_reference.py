@@ -33,7 +33,9 @@ def test_against_the_closed_form_of_a_linear_model(solver):
 def test_the_identities_hold_to_its_own_tolerance_for_a_loss_without_closed_form():
     flow = reference_flow(*problem("softmax"), t1=1.0, rtol=1e-10, atol=1e-12)
     assert residuals(flow).max() < 1e-8
-    assert flow.tolerance == pytest.approx(1e-10 ** (5 / 6))
+    assert flow.tolerance == pytest.approx(
+        max(flow.num_steps * 1e-10, 1e4 * 2.2e-16 * np.sqrt(flow.outputs(flow.params)[0].size)), rel=0.1
+    )
     history = flow.history
     assert len(history["t"]) == flow.num_steps
     np.testing.assert_allclose(np.cumsum(history["h"]), history["t"], rtol=1e-12)

@@ -76,7 +76,7 @@ def test_residuals_follow_rtol(name):
     coarse, fine = (residuals(flow) for flow in flows)
     for flow, values in zip(flows, (coarse, fine), strict=True):
         assert values.max() < flow.tolerance
-    assert flows[1].tolerance == pytest.approx(1e-4)
+    assert flows[1].tolerance == pytest.approx(flows[1].num_steps * 1e-6)
     gain = np.exp(np.mean(np.log(coarse / fine)))
     assert 10 ** (4 / 3) / 1.7 < gain < 10 ** (4 / 3) * 1.7
     assert flows[1].num_steps > 3 * flows[0].num_steps
