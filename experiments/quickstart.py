@@ -76,7 +76,7 @@ class Quickstart:
     num_train: int | None = None
     num_test: int | None = None
     width: int = 256
-    t1: float = 300.0
+    t1: float = 200.0
     rtol: float = 1e-4
     channel_share: float = 0.95
     seed: int = 0
