@@ -334,10 +334,15 @@ def test_the_surface_is_the_change_of_the_centred_kernel(monkeypatch):
     assert [title.split()[-1] for title in titles] == ["4", "0.04", "0.4"]
 
 
-def test_a_kernel_that_stands_still_is_a_flat_sheet_and_no_drift(monkeypatch):
-    ax, drawn = surface_of(lazy(), monkeypatch)
-    assert np.abs(drawn[0]).max() < 0.01 * ax.get_zlim()[1]
-    assert plots.kernel_drift(lazy()).get_ylim()[1] > 1e-14
+def test_a_kernel_that_stands_still_to_rounding_is_a_flat_sheet_and_no_drift(monkeypatch):
+    (t0, k0), *_ = lazy().kernels
+    rounding = 1e-15 * np.random.default_rng(0).normal(size=k0.shape)
+    ax, drawn = surface_of(dataclasses.replace(lazy(), kernels=((t0, k0), (3.0, k0 + rounding))), monkeypatch)
+    assert 0 < np.abs(drawn[0]).max() < 0.02 * ax.get_zlim()[1]
+    history = dict(lazy().flow.history)
+    history["evolution"] = history["evolution"]._replace(drift=np.full_like(history["t"], 1e-15))
+    still = dataclasses.replace(lazy(), flow=dataclasses.replace(lazy().flow, history=history))
+    assert plots.kernel_drift(still).get_ylim()[1] > 1e-13
 
 
 def test_a_kernel_that_centring_removes_is_a_flat_sheet(monkeypatch):
