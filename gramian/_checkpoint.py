@@ -119,7 +119,7 @@ def _characters(text: str) -> np.ndarray:
 
 
 def _digest(tree: PyTree) -> str:
-    """Of names, dtypes, shapes and bytes of all leaves."""
+    """Of names, dtypes, shapes and bytes of all leaves: Orbax stores larger arrays without a checksum."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_problems import cosh_loss, leaves_differ, mlp, problem
+from flow_problems import cosh_loss, leaves_differ, linear, mlp, problem
 
 from gramian import (
     AdaptiveStep,
@@ -208,6 +208,28 @@ def test_a_torn_save_is_passed_over_and_named(damage, which, finished, tmp_path,
     again = gradient_flow(*problem("squared"), **SETTINGS, checkpoint=Checkpoint(tmp_path, every_seconds=0))
     assert capsys.readouterr().out == ""  # the torn save has been replaced
     assert leaves_differ(again, whole) == []
+
+
+def test_a_flipped_bit_that_the_storage_does_not_notice(tmp_path, capsys):
+    """Matrices of some kilobytes are stored without a checksum: the digest has to find it."""
+    rng = np.random.default_rng(0)
+    args = linear, rng.normal(size=3), rng.normal(size=(40, 3)), squared_loss(rng.normal(size=40))
+    settings = {"t1": 1.0, "controller": ConstantStep(0.25)}
+    whole = gradient_flow(*args, **settings, checkpoint=Checkpoint(tmp_path, every_seconds=0))
+    flip(max((tmp_path / "4").rglob("*"), key=lambda path: path.stat().st_size * path.is_file()))
+    resumed = gradient_flow(*args, **settings, checkpoint=Checkpoint(tmp_path, every_seconds=0))
+    assert "checkpoint 4 in" in (printed := capsys.readouterr().out)
+    assert "its contents do not match their digest" in printed
+    assert leaves_differ(resumed, whole) == []
+
+
+def test_what_a_kill_left_half_written_is_cleared_away(tmp_path):
+    """A save cut off by a kill is a folder of a temporary name: no save, and gone after the next run."""
+    half = tmp_path / "9.orbax-checkpoint-tmp-1234"
+    half.mkdir()
+    (half / "data").write_bytes(b"half")
+    flow = gradient_flow(*problem("squared"), **SETTINGS, checkpoint=Checkpoint(tmp_path))
+    assert saves(tmp_path) == [flow.num_steps]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

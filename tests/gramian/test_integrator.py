@@ -73,6 +73,19 @@ def test_a_step_never_passes_its_end_and_ends_there_exactly():
         state, info = integrator.update(state, 0.3)
     assert state.t == 0.3  # 0.1 + 0.1 + 0.1 > 0.3 in floating point
     assert info.h == pytest.approx(0.1)
+    t0, t1 = -5.05, 0.59
+    assert t0 + (t1 - t0) != t1
+    whole = Integrator(KernelSource(apply_fn, x_s, x_q), loss, controller=ConstantStep(100.0))
+    assert whole.update(whole.init(params, t0), t1)[0].t == t1
+
+
+def test_a_step_cut_short_by_a_stop_does_not_shorten_the_next():
+    apply_fn, params, x_s, loss, x_q = problem("logistic")
+    integrator = Integrator(KernelSource(apply_fn, x_s, x_q), loss, controller=AdaptiveStep(1e-6))
+    state, _ = integrator.update(integrator.init(params), 1.0)
+    cut, info = integrator.update(state, state.t + 1e-6)
+    assert info.h == pytest.approx(1e-6)
+    assert cut.h == state.h
 
 
 def poisoned(where):
