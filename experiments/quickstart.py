@@ -77,7 +77,7 @@ class Quickstart:
     num_test: int | None = None
     width: int = 256
     t1: float = 200.0
-    rtol: float = 1e-4
+    rtol: float = 2e-4
     channel_share: float = 0.95
     seed: int = 0
     float32: bool = False
@@ -203,7 +203,9 @@ def _estimate(settings: Quickstart, case: Problem) -> float:
 def _write(report: Report, settings: Quickstart, out: Path, seconds: float | None) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     for draw in PICTURES:
-        draw(report).figure.savefig(out / f"{draw.__name__}.png")
+        figure = draw(report).get_figure(root=True)
+        assert figure is not None  # a picture drawn alone has a figure of its own
+        figure.savefig(out / f"{draw.__name__}.png")
     report.plot(path=out / "overview.png")
     chosen = {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()}
     summary = {
@@ -220,12 +222,12 @@ def _write(report: Report, settings: Quickstart, out: Path, seconds: float | Non
 
 def _row(summary: dict) -> tuple[str, ...]:
     path = max(row["residual"] for row in summary["identities"] if row["name"] in ("(I1)", "(I2)", "(I3)", "(I4)"))
-    coupled, kernel = summary["coupling"], summary["kernel"]["drift"]
+    coupled = summary["coupling"]
     return (
         f"`quickstart`, {summary['loss']} loss",
         f"digits, N = {summary['num_train_outputs']}, p = {summary['num_params']:,}, t = {summary['t1']:g}, one seed",
-        f"(I1)-(I4) ≤ {path:.1e} at rtol {summary['settings']['rtol']:g}; kernel drift {kernel['end']:.2f}; predicted "
-        f"against observed test displacement: correlation {coupled['correlation']:.8f}, relative error "
+        f"(I1)-(I4) ≤ {path:.1e} at rtol {summary['settings']['rtol']:g}; kernel drift {summary['drift']:.2f}; "
+        f"predicted against observed test displacement: correlation {coupled['correlation']:.8f}, relative error "
         f"{coupled['relative_error']:.1e} (paper: 0.991, 0.165)",
         f"{summary['num_steps']} steps, {summary['seconds'] or '?'} s on {summary['machine']['cores']} cores",
     )

@@ -84,6 +84,8 @@ def four_cells(flow: Flow, channel: Channel, clean_loss: OutputLoss | None = Non
             v = project(vector)
             size = np.linalg.norm(v)
             left = np.linalg.norm(p @ v) / size if size > 1e-14 * np.linalg.norm(g) else np.nan
-            cells.append(Cell(part, space, *map(float, energies(v) / total), float(left)))
+            gradient, dissipated, motion = map(float, energies(v) / total)
+            cells.append(Cell(part, space, gradient, dissipated, motion, float(left)))
     rest = 1 - np.sum([cell[2:5] for cell in cells], axis=0)
-    return (*cells, Cell("interaction", "all", *map(float, rest), float("nan")))
+    gradient, dissipated, motion = map(float, rest)
+    return (*cells, Cell("interaction", "all", gradient, dissipated, motion, float("nan")))

@@ -80,11 +80,18 @@ def coupling(flow: Flow) -> Coupling:
         matrix=a,
         predicted=predicted,
         observed=observed,
-        correlation=float(np.corrcoef(predicted, observed)[0, 1]) if len(observed) > 1 else float("nan"),
+        correlation=_correlation(predicted, observed),
         relative_error=float(np.linalg.norm(predicted - observed) / np.linalg.norm(observed)),
         unexplained=float(np.linalg.norm(r - a @ s) / np.linalg.norm(r)),
         residual=float(residual),
     )
+
+
+def _correlation(x, y):
+    """Pearson's correlation; nan where one side is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    size = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(x @ y / size) if size > 0 else float("nan")
 
 
 def _null_space(s, rcond):
@@ -94,8 +101,8 @@ def _null_space(s, rcond):
 
 def _gram_distance(x, y):
     """‖x xᵀ − y yᵀ‖_F without forming either."""
-    r = np.linalg.qr(np.hstack([x, y]), mode="r")
-    x, y = r[:, : x.shape[1]], r[:, x.shape[1] :]
+    triangle = np.asarray(np.linalg.qr(np.hstack([x, y]), mode="r"))
+    x, y = np.split(triangle, [x.shape[1]], axis=1)
     return np.linalg.norm(x @ x.T - y @ y.T)
 
 

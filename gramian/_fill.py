@@ -19,7 +19,7 @@ class FillOrder:
       eigenvalues: of K_SS(t0), descending, (N,).
       half_times: first time at which v_iᵀ W_S v_i reaches half its final value, (N,), in units of time.
       correlation: Spearman's rank correlation of −eigenvalues and half_times: 1 when the channel fills from the top
-        eigenvalue down.
+        eigenvalue down, nan where all are equal.
     """
 
     eigenvalues: np.ndarray
@@ -55,7 +55,10 @@ def fill_order(flow: Flow) -> FillOrder:
     times = np.concatenate([[flow.t0], flow.history["t"]])
     share = np.vstack([np.zeros(len(values)), filled / filled[-1]])
     half_times = np.array([_crossing(times, column, 0.5) for column in share.T])
-    return FillOrder(values, half_times, float(spearmanr(-values, half_times).statistic))
+    # A rank correlation needs two different values on either side.
+    ordered = np.ptp(values) > 0 and np.ptp(half_times) > 0
+    correlation = spearmanr(-values, half_times)[0] if ordered else np.nan
+    return FillOrder(values, half_times, float(correlation))  # pyright: ignore[reportArgumentType]
 
 
 def _crossing(times, values, level):
