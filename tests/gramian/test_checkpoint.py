@@ -115,7 +115,7 @@ from flow_problems import leaves_differ, problem
 from gramian import Checkpoint, ConstantStep, gradient_flow
 
 args = problem("logistic", dtype=np.float32)
-settings = dict(t1=2.0, controller=ConstantStep(0.02))
+settings = dict(t1=2.0, controller=ConstantStep(0.04))
 print("ready", flush=True)
 flow = gradient_flow(*args, **settings, checkpoint=Checkpoint({folder!r}, every_seconds=0.0))
 whole = gradient_flow(*args, **settings)
