@@ -19,7 +19,9 @@ class Digits(NamedTuple):
 
 
 def digits(num_train: int, num_test: int, *, odd_even: bool, label_noise: float, seed: int) -> Digits:
-    """A random split with pixels in [0, 1], centred on the training mean, and a share of training labels corrupted.
+    """A random split, pixels standardised by the training points, and a share of training labels corrupted.
+
+    A pixel that hardly varies in training is divided by 1 of its 16 shades instead of its standard deviation.
 
     Args:
       num_train, num_test: sizes; together at most 1797.
@@ -41,5 +43,5 @@ def digits(num_train: int, num_test: int, *, odd_even: bool, label_noise: float,
     corrupted = rng.choice(num_train, round(label_noise * num_train), replace=False)
     noisy = classes[train].copy()
     noisy[corrupted] = (noisy[corrupted] + rng.integers(1, count, len(corrupted))) % count
-    mean = x[train].mean(0)
-    return Digits((x[train] - mean) / 16, classes[train], noisy, (x[test] - mean) / 16, classes[test])
+    mean, scale = x[train].mean(0), np.maximum(x[train].std(0), 1.0)
+    return Digits((x[train] - mean) / scale, classes[train], noisy, (x[test] - mean) / scale, classes[test])

@@ -37,7 +37,7 @@ from gramian import (
 )
 
 # Accepted steps of the default run, for the estimate of its duration: they go like rtol^(-1/3).
-STEPS_AT_1E4 = 75
+STEPS_AT_1E4 = 50
 
 PICTURES = (
     plots.spectrum,
@@ -76,8 +76,8 @@ class Quickstart:
     num_train: int | None = None
     num_test: int | None = None
     width: int = 256
-    t1: float = 200.0
-    rtol: float = 2e-4
+    t1: float = 100.0
+    rtol: float = 1e-4
     channel_share: float = 0.95
     seed: int = 0
     float32: bool = False
