@@ -98,3 +98,19 @@ def map_examples(function, x: PyTree, microbatch_size: int | None) -> PyTree:
     if microbatch_size is None or microbatch_size >= n:
         return jax.vmap(function)(x)
     return jax.lax.map(function, x, batch_size=microbatch_size)
+
+
+def sum_blocks(function, batch: tuple[PyTree, ...], microbatch_size: int | None) -> PyTree:
+    """Sum of `function(*block)` over blocks of at most `microbatch_size` examples, one block held at a time."""
+    n = jax.tree.leaves(batch)[0].shape[0]
+    size = min(microbatch_size or n, n)
+    whole = n // size * size
+    blocks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, size, *leaf.shape[1:]), batch)
+
+    def add(total, block):
+        return jax.tree.map(jnp.add, total, function(*block)), None
+
+    total = function(*jax.tree.map(lambda leaf: leaf[0], blocks))
+    if whole > size:
+        total, _ = jax.lax.scan(add, total, jax.tree.map(lambda leaf: leaf[1:], blocks))
+    return add(total, jax.tree.map(lambda leaf: leaf[whole:], batch))[0] if whole < n else total

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from entk._checks import ApplyFn, PyTree, check_apply_pair, check_fits, check_microbatch_size, num_params
-from entk._jacobian import PRECISION, example_jacobian, map_examples, model_precision
+from entk._jacobian import PRECISION, example_jacobian, map_examples, model_precision, sum_blocks
 
 
 def empirical_ntk(
@@ -96,6 +96,8 @@ def ntk_vector_product(
     vector: Float[Array | np.ndarray, "n2c ..."],
     x1: PyTree,
     x2: PyTree | None = None,
+    *,
+    microbatch_size: int | None = None,
 ) -> Float[Array, "n1c ..."]:
     """K v = J₁ (J₂ᵀ v) by one vector-Jacobian and one Jacobian-vector product, K never formed (theory §4).
 
@@ -106,6 +108,7 @@ def ntk_vector_product(
         dtype of params.
       x1: inputs of the rows, n₁ examples.
       x2: inputs of the columns, n₂ examples; None means x1.
+      microbatch_size: examples whose activations are held at once; a remainder is allowed. None holds all.
 
     Returns:
       K v of shape (n₁·c,) or (n₁·c, r).
@@ -113,7 +116,8 @@ def ntk_vector_product(
     Raises:
       TypeError, ValueError: as `empirical_ntk`; also a vector of the wrong length, rank or dtype.
 
-    Cost: about four forward passes a vector; r copies of the activations and of params.
+    Cost: about four forward passes a vector; r copies of params, and of the activations of x1 and x2 or of
+    microbatch_size examples.
 
     Example:
       >>> import jax.numpy as jnp
@@ -122,6 +126,7 @@ def ntk_vector_product(
       >>> ntk_vector_product(linear, jnp.ones(2), jnp.array([1.0, -1.0]), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
       Array([ -6., -14.], dtype=float64)
     """
+    check_microbatch_size(microbatch_size)
     _, spec = check_apply_pair(apply_fn, params, x1, x2)
     rows = spec.num_examples * spec.num_outputs
     vector = jnp.asarray(vector)
@@ -131,17 +136,25 @@ def ntk_vector_product(
         )
     if vector.dtype != spec.dtype:
         raise TypeError(f"vector has dtype {vector.dtype} and the outputs {spec.dtype}; cast the vector.")
-    return _ntk_vector_product(apply_fn, params, vector, x1, x2)
+    return _ntk_vector_product(apply_fn, params, vector, x1, x2, microbatch_size)
 
 
-@partial(jax.jit, static_argnums=0)
-def _ntk_vector_product(apply_fn, params, vector, x1, x2):
-    def outputs(x):
-        return lambda params: apply_fn(params, x).reshape(-1)
+@partial(jax.jit, static_argnums=(0, 5))
+def _ntk_vector_product(apply_fn, params, vector, x1, x2, microbatch_size):
+    x2 = x1 if x2 is None else x2
+    n2 = jax.tree.leaves(x2)[0].shape[0]
+
+    def pull(x, v):
+        out, vjp = jax.vjp(lambda params: apply_fn(params, x), params)
+        return vjp(v.reshape(out.shape))[0]
+
+    def push(x_i, tangent):
+        x = jax.tree.map(lambda leaf: leaf[None], x_i)
+        return jax.jvp(lambda params: apply_fn(params, x).reshape(-1), (params,), (tangent,))[1]
 
     def product(v):
-        return jax.jvp(outputs(x1), (params,), pull(v))[1]
+        pulled = sum_blocks(pull, (x2, v.reshape(n2, -1)), microbatch_size)
+        return map_examples(lambda x_i: push(x_i, pulled), x1, microbatch_size).reshape(-1)
 
     with model_precision():
-        _, pull = jax.vjp(outputs(x1 if x2 is None else x2), params)
         return product(vector) if vector.ndim == 1 else jax.vmap(product, in_axes=1, out_axes=1)(vector)

@@ -70,7 +70,7 @@ def four_cells(flow: Flow, channel: Channel, clean_loss: OutputLoss | None = Non
             )
         signal = np.asarray(clean_loss.grad(flow.source.outputs(flow.params0)[0]))
         parts = {"signal": signal, "noise": g - signal}
-    p, w, _, transfer = (np.asarray(operator) for operator in flow.operators)
+    p, w, _, transfer = (np.asarray(operator) for operator in flow.require_operators())
 
     def energies(v):
         return np.array([v @ v, v @ (w @ v), np.sum((transfer @ v) ** 2)])

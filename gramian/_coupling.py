@@ -62,7 +62,7 @@ def coupling(flow: Flow) -> Coupling:
       >>> bool(coupling(flow).relative_error < 1e-12)
       True
     """
-    _, w, d, g = (np.asarray(operator, np.float64) for operator in flow.operators)
+    _, w, d, g = (np.asarray(operator, np.float64) for operator in flow.require_operators())
     if g.shape[0] == 0:
         raise ValueError("the flow has no test points; pass x_q to gradient_flow.")
     eps = float(np.finfo(np.asarray(flow.operators.gramian).dtype).eps)

@@ -67,6 +67,12 @@ class Flow:
         """Final state of the observable of this class; None if it was not recorded."""
         return next((self.observed[name] for name, o in self.observables.items() if isinstance(o, kind)), None)
 
+    def require_operators(self) -> Operators:
+        """The operators, or an error that says how to get them."""
+        if self.operators is None:
+            raise ValueError("this flow accumulated no operators; run it with operators=True, or use gradient_flow.")
+        return self.operators
+
     def outputs(self, params: PyTree) -> tuple[Float[Array, " N"], Float[Array, " M"]]:
         """Stacked training and test outputs u_S(w), U_Q(w) at any parameters."""
         u_s, u_q = self.source.outputs(params)

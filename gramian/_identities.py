@@ -80,7 +80,7 @@ class _Run:
 
     def __init__(self, flow: Flow):
         self.flow = flow
-        self.p, self.w, self.d, self.g_q = (np.asarray(operator, np.float64) for operator in flow.operators)
+        self.p, self.w, self.d, self.g_q = (np.asarray(operator, np.float64) for operator in flow.require_operators())
         (u0, q0), (u1, q1) = flow.outputs(flow.params0), flow.outputs(flow.params)
         self.moved_s, self.moved_q = np.asarray(u1 - u0, np.float64), np.asarray(q1 - q0, np.float64)
         self.g0 = np.asarray(flow.output_grad(flow.params0), np.float64)

@@ -142,6 +142,26 @@ def test_the_product_is_that_of_the_matrix(columns, x2):
     assert_close(ntk_vector_product(apply_fn, PARAMS, vector, x1, x2), kernel @ vector)
 
 
+@pytest.mark.parametrize("microbatch_size", SIZES)
+@pytest.mark.parametrize("columns", [(), (3,)])
+def test_the_product_in_blocks_is_the_product(microbatch_size, columns):
+    vector = np.random.default_rng(0).normal(size=(12, *columns))
+    product = ntk_vector_product(apply_fn, PARAMS, vector, X_Q, X_S, microbatch_size=microbatch_size)
+    assert_close(product, K_QS @ vector)
+
+
+def test_the_product_in_blocks_holds_less():
+    x, params = batch(0, 512), PARAMS
+    held = [
+        entk._ntk._ntk_vector_product.lower(apply_fn, params, jnp.ones(1024), x, None, size)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for size in (None, 8)
+    ]
+    assert held[1] < held[0] / 4
+
+
 def test_products_with_unit_vectors_are_the_columns():
     assert_close(ntk_vector_product(apply_fn, PARAMS, np.eye(12), X_Q, X_S), K_QS)
 

@@ -12,8 +12,11 @@ from gramian import (
     ConstantStep,
     DoublingGramian,
     TestKernelTop,
+    coupling,
+    four_cells,
     gradient_flow,
     identities,
+    reference_flow,
     squared_loss,
 )
 
@@ -135,3 +138,10 @@ def test_a_tolerance_is_needed_where_the_controller_aims_at_none():
         identities(flow)
     assert by_name(flow, tolerance=0.1)["(I1)"].holds
     assert not by_name(flow, tolerance=1e-12)["(I1)"].holds
+
+
+@pytest.mark.parametrize("account", [identities, coupling, lambda flow: four_cells(flow, None)])
+def test_a_flow_without_operators_is_refused(account):
+    flow = reference_flow(*problem("squared"), t1=1.0, operators=False)
+    with pytest.raises(ValueError, match="operators=True"):
+        account(flow)
