@@ -125,8 +125,9 @@ def _solve(solver, apply_fn, params, x_s, loss, t, rtol):
         t,
         dt0=None,
         y0=params,
-        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=1e-2 * rtol),
-        max_steps=None,
+        # A run that has left the flow shrinks its steps for ever: it fails instead.
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=1e-2 * rtol, dtmin=1e-7 * t, force_dtmin=False),
+        max_steps=200_000,
     )
     return jax.tree.map(lambda leaf: leaf[-1], solution.ys), solution.stats["num_accepted_steps"]
 
@@ -165,8 +166,8 @@ def _test_outputs(case: Problem, params) -> np.ndarray:
 
 METHODS = (
     Method("exponential midpoint", _midpoint, (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)),
-    Method("Tsit5", _tsit5, (1e-2, 1e-3, 1e-4, 1e-5)),
-    Method("Kvaerno5", _kvaerno5, (1e-2, 1e-3, 1e-4, 1e-5)),
+    Method("Tsit5", _tsit5, (1e-3, 1e-4, 1e-5)),
+    Method("Kvaerno5", _kvaerno5, (1e-3, 1e-4, 1e-5)),
     # Step as a fraction of the largest stable one at the start; the kernel grows on the way.
     Method("gradient descent", _gradient_descent, (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)),
 )
@@ -174,12 +175,10 @@ METHODS = (
 
 def _cheapest(method: Method, case: Problem, t: float, truth, limit: float, done, times) -> dict[str, Any]:
     """The loosest knob whose error is at most the target, and all that was tried."""
-    earlier = [done["runs"].get(f"{method.name} {s:g}", {}) for s in times if s < t]
-    expected = max(
-        (run["seconds"] * t / s for run, s in zip(earlier, times, strict=False) if run.get("seconds")), default=0
-    )
-    if any("given_up" in run for run in earlier) or expected > 10 * limit:
-        return {"given_up": "already too slow at an earlier time"}
+    before = max((s for s in times if s < t), default=None)
+    earlier = done["runs"].get(f"{method.name} {before:g}", {}) if before else {}
+    if "given_up" in earlier or earlier.get("seconds", 0) * t / (before or t) > 10 * limit:
+        return {"given_up": f"too slow at t = {before:g}"}
     tried = []
     for knob in method.knobs:
         try:
