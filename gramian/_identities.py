@@ -45,7 +45,8 @@ def identities(
     Args:
       flow: a finished flow. (I5) needs `DoublingGramian()` among its observables, (I6) `TestKernelTop()`.
       tolerance: relative residual allowed in (I1)-(I4), which hold up to the discretisation of the flow. None takes
-        what the step-size control allowed in all: num_steps · rtol under `AdaptiveStep`.
+        what the step-size control allowed in all: num_steps · rtol under `AdaptiveStep`. (I3) and (I4) are allowed as
+        many times more as D and G amplify an error of g.
       num_directions: random directions, besides all eigenvectors of W_S, on which (I6) is tried.
       coupled: the flow's `coupling`, if it is at hand already.
 
@@ -92,6 +93,15 @@ class _Run:
         self.eps = float(jnp.finfo(u0.dtype).eps)
         self.has_test = len(self.g_q) > 0
 
+    def conditioning(self, operator: np.ndarray) -> float:
+        """How much larger a relative error of g, in a random direction, comes out of `operator` than it went in.
+
+        About 1 for the squared loss. A fitted softmax has a small B, so that an error of g is not worked off and moves
+        the outputs for the rest of the run.
+        """
+        typical = np.linalg.norm(operator) / np.sqrt(self.size) * np.linalg.norm(self.g0)
+        return float(typical / np.linalg.norm(operator @ self.g0))
+
     @property
     def rounding(self) -> float:
         """Tolerance for what holds to rounding: 1e-10 in float64, 7e-5 in float32."""
@@ -104,17 +114,19 @@ class _Run:
 
 
 def _path(run: _Run, tolerance: float) -> list[Identity]:
-    def row(name, statement, missed, size):
+    def row(name, statement, missed, size, operator=None):
         residual = float(np.linalg.norm(missed) / np.linalg.norm(size))
-        return Identity(name, statement, residual, tolerance, residual <= tolerance)
+        factor = 1.0 if operator is None else max(1.0, run.conditioning(operator))
+        note = f"the run amplifies errors of g {factor:.2g} times" if factor > 1.5 else ""
+        return Identity(name, statement, residual, factor * tolerance, residual <= factor * tolerance, note)
 
     rows = [
         row("(I1)", "g(T) = P g(s)", run.g1 - run.p @ run.g0, run.g0),
         row("(I2)", "Φ(s) − Φ(T) = gᵀ W_S g", run.loss_drop - run.g0 @ run.w @ run.g0, run.loss_drop),
-        row("(I3)", "U_S(T) − U_S(s) = −D g", run.moved_s + run.d @ run.g0, run.moved_s),
+        row("(I3)", "U_S(T) − U_S(s) = −D g", run.moved_s + run.d @ run.g0, run.moved_s, run.d),
     ]
     if run.has_test:
-        rows.append(row("(I4)", "U_Q(T) − U_Q(s) = −G g", run.moved_q + run.g_q @ run.g0, run.moved_q))
+        rows.append(row("(I4)", "U_Q(T) − U_Q(s) = −G g", run.moved_q + run.g_q @ run.g0, run.moved_q, run.g_q))
     return rows
 
 
