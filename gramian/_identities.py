@@ -62,7 +62,8 @@ def identities(
       >>> import jax.numpy as jnp
       >>> from gramian import gradient_flow, identities, squared_loss
       >>> loss = squared_loss(jnp.array([1.0, -1.0]))
-      >>> flow = gradient_flow(lambda w, x: x @ w, jnp.zeros(2), jnp.eye(2), loss, jnp.ones((1, 2)), t1=1.0)
+      >>> x_q = jnp.array([[1.0, 0.5]])
+      >>> flow = gradient_flow(lambda w, x: x @ w, jnp.zeros(2), jnp.eye(2), loss, x_q, t1=1.0)
       >>> [row.name for row in identities(flow) if row.holds]
       ['(I1)', '(I2)', '(I3)', '(I4)', '(I7)', '(I8)', '(I9)']
     """
@@ -100,7 +101,8 @@ class _Run:
         the outputs for the rest of the run.
         """
         typical = np.linalg.norm(operator) / np.sqrt(self.size) * np.linalg.norm(self.g0)
-        return float(typical / np.linalg.norm(operator @ self.g0))
+        answer = np.linalg.norm(operator @ self.g0)
+        return float(typical / answer) if answer > 0 else 1.0
 
     @property
     def rounding(self) -> float:
@@ -115,7 +117,9 @@ class _Run:
 
 def _path(run: _Run, tolerance: float) -> list[Identity]:
     def row(name, statement, missed, size, operator=None):
-        residual = float(np.linalg.norm(missed) / np.linalg.norm(size))
+        # What does not move at all is accounted for if nothing is predicted either.
+        moved = np.linalg.norm(size) or np.sqrt(run.eps)
+        residual = float(np.linalg.norm(missed) / moved)
         factor = 1.0 if operator is None else max(1.0, run.conditioning(operator))
         note = f"the run amplifies errors of g {factor:.2g} times" if factor > 1.5 else ""
         return Identity(name, statement, residual, factor * tolerance, residual <= factor * tolerance, note)
