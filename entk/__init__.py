@@ -9,7 +9,8 @@ from entk._evolution import (
     target_alignment,
 )
 from entk._jacobian import jacobian
-from entk._ntk import empirical_ntk, ntk_vector_product
+from entk._ntk import empirical_ntk
+from entk._operator import ntk_vector_product
 
 __all__ = [
     "centered_kernel_alignment",
