@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import psutil
 
+from entk._params import differentiable
+
 PyTree = Any
 ApplyFn = Callable[[PyTree, PyTree], Any]  # one array; libraries type theirs loosely, so check_apply verifies it
 
@@ -24,12 +26,12 @@ class OutputSpec(NamedTuple):
 
 
 def num_params(params: PyTree) -> int:
-    """Number of scalars in `params` (the p of the Jacobian's shape)."""
-    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(params))
+    """Number of differentiable scalars in `params` (the p of the Jacobian's shape)."""
+    return sum(math.prod(jnp.shape(leaf)) for leaf in differentiable(params)[0])
 
 
 def check_params(params: PyTree) -> jnp.dtype:
-    """Returns the one floating dtype of `params`; anything else is refused."""
+    """Returns the one dtype of the floating leaves of `params`; integers, booleans and random keys are constants."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError("params has no leaves; pass the pytree of arrays that apply_fn differentiates.")
@@ -37,15 +39,25 @@ def check_params(params: PyTree) -> jnp.dtype:
     for path, leaf in leaves:
         _check_leaf(leaf, f"params{jax.tree_util.keystr(path)}")
         dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} has dtype {dtype}, but every parameter must be real floating "
-                "point: keep integer, boolean or complex leaves out of params by closing apply_fn over them."
+                f"params{jax.tree_util.keystr(path)} has dtype {dtype}, but parameters must be real: keep real and "
+                "imaginary part as two leaves, or close apply_fn over it."
             )
-        dtypes.setdefault(dtype, jax.tree_util.keystr(path))
+        if jnp.issubdtype(dtype, jnp.floating):
+            dtypes.setdefault(dtype, jax.tree_util.keystr(path))
+    if not dtypes:
+        found = ", ".join(sorted({str(jnp.result_type(leaf)) for _, leaf in leaves}))
+        raise ValueError(
+            f"params has leaves of dtype {found} only, which are constants: at least one leaf must be floating point, "
+            "e.g. jax.tree.map(jnp.float32, params)."
+        )
     if len(dtypes) > 1:
         found = ", ".join(f"{dtype} (params{path})" for dtype, path in dtypes.items())
-        raise TypeError(f"params mixes dtypes: {found}. Cast them to one, e.g. jax.tree.map(jnp.float32, params).")
+        raise TypeError(
+            f"params mixes dtypes: {found}. Cast the floating-point leaves to one, e.g. jax.tree.map(jnp.float32, "
+            "params)."
+        )
     return next(iter(dtypes))
 
 

@@ -9,20 +9,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from entk._checks import ApplyFn, PyTree, check_apply, check_fits, check_microbatch_size, num_params
+from entk._params import differentiable
 
 # TF32 and bfloat16 passes would break symmetry and positive semi-definiteness of K on accelerators.
 PRECISION = jax.lax.Precision.HIGHEST
 
 
 def example_jacobian(apply_fn: ApplyFn, params: PyTree, x_i: PyTree) -> list[Array]:
-    """Jacobian of one example as one `(c, leaf size)` block a parameter leaf, in `ravel_pytree` order."""
+    """Jacobian of one example as one `(c, leaf size)` block a floating parameter leaf, in `ravel_pytree` order."""
+    leaves, rebuild = differentiable(params)
 
-    def outputs(params):
-        return apply_fn(params, jax.tree.map(lambda leaf: leaf[None], x_i)).reshape(-1)
+    def outputs(leaves):
+        return apply_fn(rebuild(leaves), jax.tree.map(lambda leaf: leaf[None], x_i)).reshape(-1)
 
     with model_precision():
-        jac = jax.jacrev(outputs)(params)
-    return [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(jac)]
+        jac = jax.jacrev(outputs)(leaves)
+    return [leaf.reshape(leaf.shape[0], -1) for leaf in jac]
 
 
 def model_precision():
@@ -42,7 +44,9 @@ def jacobian(
     Args:
       apply_fn: pure function `(params, x) -> (n, c)` or `(n,)` that treats examples independently. It is a static
         argument of a jitted function: define it once, a new lambda at every call compiles anew.
-      params: pytree of floating-point arrays of one dtype, p scalars in all.
+      params: pytree whose floating-point leaves, p scalars in all, share one dtype. Integers, booleans and random keys
+        are constants without columns. `jax.lax.stop_gradient` inside apply_fn freezes a parameter (columns of zeros),
+        closing over it takes it out.
       x: inputs, an array or a pytree of arrays with n rows.
       microbatch_size: examples differentiated at once; a remainder is allowed. None takes all n.
 
@@ -51,10 +55,10 @@ def jacobian(
       parameter.
 
     Raises:
-      TypeError, ValueError: outputs that are not (n, c) or (n,), mixed or integer dtypes, zero examples.
+      TypeError, ValueError: outputs that are not (n, c) or (n,), mixed or complex dtypes, zero examples.
       MemoryError: the Jacobian would not fit; nothing has been allocated then.
 
-    Not supported: models that mix examples (batch statistics), parameters that are not floating point.
+    Not supported: models that mix examples (batch statistics), complex parameters.
 
     Cost: c vector-Jacobian products an example. 2·n·c·p numbers while the blocks of the parameter arrays are joined, of
     which n·c·p stay; with a microbatch_size b that divides n, (n + 2·b)·c·p. Products run at full precision unless

@@ -111,6 +111,45 @@ def test_parameters_are_in_the_order_of_ravel_pytree():
     assert_close(along, (ahead - behind) / 2e-6, 1e-8)
 
 
+def scaled_model(params, x):
+    noise = jax.random.normal(params["key"], (2,))
+    hidden = jnp.tanh(x @ params["w"] + params["table"][params["index"]])
+    return jnp.where(params["mask"], hidden, 2 * hidden) * params["power"] + noise
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+def test_integers_booleans_and_random_keys_are_constants(microbatch_size):
+    """They have no columns, and apply_fn receives them as they are."""
+    rng = np.random.default_rng(18)
+    constants = {"index": np.array(1), "mask": np.array([True, False]), "power": 3, "key": jax.random.key(0)}
+    params = {"table": rng.normal(size=(2, 2)), "w": rng.normal(size=(3, 2))}
+    x = batch(18, 4)
+    expected = jacobian(lambda params, x: scaled_model(params | constants, x), params, x)
+    assert expected.shape == (4, 2, 10)
+    assert (np.asarray(expected)[..., :2] == 0).all()  # row 0 of the table is not looked up
+    assert_close(jacobian(scaled_model, params | constants, x, microbatch_size=microbatch_size), expected)
+    other = jacobian(scaled_model, params | constants | {"index": np.array(0)}, x, microbatch_size=microbatch_size)
+    assert (np.asarray(other)[..., 2:4] == 0).all()
+    kernel = empirical_ntk(scaled_model, params | constants, x, microbatch_size=microbatch_size)
+    assert_close(kernel, expected.reshape(8, 10) @ expected.reshape(8, 10).T)
+
+
+def test_constants_do_not_count_as_parameters():
+    params = {"index": np.arange(7), "w": np.ones((3, 2)), "key": jax.random.key(0), "scale": 1.5}
+    assert entk._checks.num_params(params) == 7
+
+
+def test_a_frozen_parameter_has_columns_of_zeros():
+    params, x = init(19), batch(19, 4)
+
+    def frozen(params, x):
+        return apply_fn({**params, "w_in": jax.lax.stop_gradient(params["w_in"])}, x)
+
+    expected = jacobian_by_hand(params, x)
+    expected[..., 6:18] = 0  # after b_in (4) and b_out (2)
+    assert_close(jacobian(frozen, params, x), expected)
+
+
 def test_outputs_are_not_mixed_between_examples_or_components():
     """Output (i, a) is w[a] x[i]: its derivative is x[i] at parameter a and 0 elsewhere."""
     x = np.array([2.0, 3.0, 5.0])
@@ -285,12 +324,18 @@ BAD_PARAMS = {
     "mixed dtypes": (
         {**PARAMS, "b_in": PARAMS["b_in"].astype(np.float32)},
         TypeError,
-        r"mixes dtypes: float32 \(params\['b_in'\]\), float64 \(params\['b_out'\]\)\. Cast them to one",
+        r"mixes dtypes: float32 \(params\['b_in'\]\), float64 \(params\['b_out'\]\)\. Cast the floating-point",
     ),
-    "integers": ({**PARAMS, "step": np.arange(3)}, TypeError, r"params\['step'\] has dtype int64.*real floating.*clos"),
-    "booleans": ({**PARAMS, "mask": np.ones(3, bool)}, TypeError, r"params\['mask'\] has dtype bool"),
-    "complex": ({**PARAMS, "w": 1j * np.ones(3)}, TypeError, r"params\['w'\] has dtype complex128"),
-    "a random key": ({**PARAMS, "rng": jax.random.key(0)}, TypeError, r"params\['rng'\] has dtype key"),
+    "constants only": (
+        {"step": np.arange(3), "mask": np.ones(3, bool)},
+        ValueError,
+        r"leaves of dtype bool, int64 only, which are constants: at least one leaf must be floating point.*tree\.map",
+    ),
+    "complex": (
+        {**PARAMS, "w": 1j * np.ones(3)},
+        TypeError,
+        r"params\['w'\] has dtype complex128, but .* must be real",
+    ),
     "a function": (
         {**PARAMS, "act": jnp.tanh},
         TypeError,

@@ -171,11 +171,21 @@ def test_nnx_keeps_batch_statistics_and_random_state_out_of_the_parameters():
     jac = jacobian(apply_fn, params, images, microbatch_size=3)
     assert jac.shape == (4, 2, (4 * 2 + 2) + 2 * 2 + (18 * 2 + 2))
     assert_close(jac, finite_differences(apply_fn, params, images), 1e-8)
-    everything = nnx.split(model)[1]
-    with pytest.raises(
-        TypeError, match=r"params\['dropout'\].* has dtype .*, but every parameter must be real floating"
-    ):
-        jacobian(lambda state, x: nnx.merge(graphdef, state)(x), everything, images)
+    batched_state = nnx.split(model)[1]
+    with pytest.raises(TypeError, match=r"params mixes dtypes: .*params\['norm'\]\['mean'\]"):
+        jacobian(lambda state, x: nnx.merge(graphdef, state)(x), batched_state, images)
+
+
+def test_nnx_random_state_may_stay_with_the_parameters():
+    """Its keys and counters are constants; flax leaves the choice of what is split off to the user."""
+    model = Regularised(nnx.Rngs(0))
+    model.eval()
+    images = batch(1, 4, 9).reshape(4, 3, 3, 1)
+    graphdef, params, statistics, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(rest)} > {"uint32"}  # a counter and a key
+    alone = jacobian(lambda params, x: nnx.merge(graphdef, params, statistics, rest)(x), params, images)
+    together = nnx.merge_state(params, rest)
+    assert_close(jacobian(lambda state, x: nnx.merge(graphdef, state, statistics)(x), together, images), alone)
 
 
 def test_an_equinox_model_passed_whole_is_told_to_partition():

@@ -47,7 +47,7 @@ BAD = {
     "mixed x_q": (linear, W, X, squared_loss(Y), F32(X), TypeError, "x_q has dtype float32 and params float64"),
     "mixed targets": (linear, W, X, squared_loss(F32(Y)), None, TypeError, "targets of dtype float32"),
     "mixed params": (lambda w, x: x @ w[0], [W, F32(W)], X, squared_loss(Y), None, TypeError, "params mixes dtypes"),
-    "integer params": (linear, np.ones(3, int), X, squared_loss(Y), None, TypeError, "must be real floating"),
+    "integer params": (linear, np.ones(3, int), X, squared_loss(Y), None, ValueError, "must be floating point"),
     "integer outputs": (lambda w, x: (x @ w).astype(int), W, X, squared_loss(Y), None, TypeError, "dtype int64"),
     # the loss
     "concave": (linear, W, X, convex_loss(concave, Y[:, None]), None, ValueError, "has the eigenvalue -2 at the first"),
