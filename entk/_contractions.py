@@ -1,0 +1,230 @@
+"""Ways to contract two factored Jacobians to a block of the kernel, and what each costs.
+
+With J_i[a] = Σ_r Δ_i[a, r] ⊗ A_i[r], the block of examples i and j is
+    K[a, b] = Σ_{r,s} (A_i[r] · A_j[s]) (Δ_i[a, r] · Δ_j[b, s]).
+`JacobianBlocks` sums over positions first, `PositionPairs` over inputs and outputs first. Which is cheaper depends on
+the sizes alone: with R positions, D inputs, H outputs of the product and c of the model, c²DH products a pair of
+examples against R²D + cR²H + c²RH, or D + c²H where there is one position.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from entk._factors import Factors, Part
+
+PyTree = Any
+CACHED_NUMBERS = 2**19  # 2 MiB of float32
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds and sizes of one way, per part.
+
+    Attributes:
+      example: multiply-adds to prepare one example.
+      pair: multiply-adds for one pair of examples.
+      stored: numbers kept for one example.
+      tile: numbers held for one pair of examples while it is contracted.
+    """
+
+    example: int
+    pair: int
+    stored: int
+    tile: int
+
+
+class Contraction(Protocol):
+    """How the factors of one part become a block of K."""
+
+    def cost(self, part: Part, num_outputs: int) -> Cost: ...
+
+    def prepare(self, part: Part, factors: Any) -> PyTree:
+        """What is kept of one example."""
+        ...
+
+    def block(self, part: Part, rows: PyTree, columns: PyTree, precision: lax.PrecisionLike) -> Array:
+        """The part's (n₁·c, n₂·c) block of K from n₁ and n₂ prepared examples."""
+        ...
+
+
+def product(rows: Array, columns: Array, precision: lax.PrecisionLike) -> Array:
+    """rows @ columns.T, accumulated and returned in float32 at least."""
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    return jnp.matmul(rows, columns.T, precision=precision, preferred_element_type=dtype)
+
+
+@dataclass(frozen=True)
+class JacobianBlocks:
+    """Forms the leaf's block of the Jacobian, (c, leaf size) an example, and multiplies: c²·(leaf size) a pair."""
+
+    def cost(self, part, num_outputs):
+        c, size = num_outputs, part.num_params
+        forming = sum(c * math.prod(sizes) for sizes in (part.sizes, part.mirrored_sizes) if sizes)
+        return Cost(forming, c * c * size, c * size, c * c)
+
+    def prepare(self, part, factors):
+        if not part.uses:
+            return (factors,)
+        straight, mirrored = factors
+        block = _outer(straight, part.sizes[2])
+        if mirrored is not None:
+            block = block + jnp.swapaxes(_outer(mirrored, part.mirrored_sizes[2]), -1, -2)
+        block = block.reshape(block.shape[0], -1)
+        return (block, straight.cotangent.sum((1, 2))) if part.has_bias else (block,)
+
+    def block(self, part, rows, columns, precision):
+        flat = [
+            product(row.reshape(-1, row.shape[-1]), column.reshape(-1, column.shape[-1]), precision)
+            for row, column in zip(rows, columns, strict=True)
+        ]
+        return sum(flat[1:], flat[0])
+
+
+def _outer(factors: Factors, inputs: int) -> Array:
+    """Σ_r Δ[a, g, r, h] A[g, r, d] as (c, g, h, d)."""
+    activation, cotangent = factors
+    dtype = jnp.promote_types(cotangent.dtype, jnp.float32)
+    if jnp.issubdtype(activation.dtype, jnp.integer):
+        c, groups, _, outputs = cotangent.shape
+        empty = jnp.zeros((groups, inputs, c, outputs), dtype)
+        rows = jnp.arange(groups)[:, None]
+        inside = jnp.where(activation < 0, inputs, activation)  # a negative index would count from the end
+        table = empty.at[rows, inside].add(cotangent.transpose(1, 2, 0, 3), mode="drop")
+        return table.transpose(2, 0, 3, 1)
+    outer = jnp.einsum(
+        "agrh,grd->gahd", cotangent, activation, precision=lax.Precision.HIGHEST, preferred_element_type=dtype
+    )
+    return jnp.swapaxes(outer, 0, 1)
+
+
+@dataclass(frozen=True)
+class PositionPairs:
+    """Multiplies activations and cotangents at every pair of positions; the Jacobian is never formed."""
+
+    def cost(self, part, num_outputs):
+        c = num_outputs
+        pair = stored = tile = 0
+        for groups, positions, inputs, outputs in filter(None, (part.sizes, part.mirrored_sizes)):
+            if positions == 1:
+                pair += groups * (inputs + c * c * outputs)
+                tile += 2 * c * c
+            else:
+                pair += groups * positions * (positions * (inputs + c * outputs) + c * c * outputs)
+                tile += c * c
+            stored += groups * positions * (inputs + c * outputs)
+        if part.mirrored_sizes:
+            groups, r, inputs, outputs = part.sizes
+            s = part.mirrored_sizes[1]
+            pair += 2 * groups * c * r * s * (inputs + outputs + c)
+            tile += 2 * c * r * s
+        return Cost(0, pair, stored, tile)
+
+    def prepare(self, part, factors):
+        return [
+            None if one is None else Factors(one.activation, one.cotangent.transpose(1, 2, 0, 3)) for one in factors
+        ]
+
+    def block(self, part, rows, columns, precision):
+        def of_group(rows, columns):
+            (row, row_mirrored), (column, column_mirrored) = rows, columns
+            total = _pairs(row, column, part.has_bias, precision)
+            if part.mirrored:
+                total += _pairs(row_mirrored, column_mirrored, False, precision)
+                total += _cross(row, column_mirrored, precision) + _cross(column, row_mirrored, precision).T
+            return total
+
+        groups = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), (rows, columns))
+        first = of_group(*jax.tree.map(lambda leaf: leaf[0], groups))
+        if part.sizes[0] == 1:
+            return first
+        rest = jax.tree.map(lambda leaf: leaf[1:], groups)
+        return lax.scan(lambda total, group: (total + of_group(*group), None), first, rest)[0]
+
+
+def _pairs(rows: Factors, columns: Factors, bias: bool, precision: lax.PrecisionLike) -> Array:
+    """Σ_{r,s} (A_i[r]·A_j[s] + bias) (Δ_i[a,r]·Δ_j[b,s]) for activations (n, R, inputs), cotangents (n, R, c, outputs)."""
+    (n1, r1, c, outputs), (n2, r2) = rows.cotangent.shape, columns.cotangent.shape[:2]
+    dtype = jnp.promote_types(rows.cotangent.dtype, jnp.float32)
+    if r1 == r2 == 1:
+        seen = _gram(rows.activation[:, 0], columns.activation[:, 0], dtype, precision) + bias
+        pulled = product(rows.cotangent.reshape(-1, outputs), columns.cotangent.reshape(-1, outputs), precision)
+        return (pulled.reshape(n1, c, n2, c) * seen[:, None, :, None]).reshape(n1 * c, n2 * c)
+
+    # A tile of t1 rows and t2 columns multiplies `width` of the outputs at a time, so that what stands between its two
+    # products stays in the cache; larger tiles run at half the speed on a CPU.
+    limit = CACHED_NUMBERS if jax.default_backend() == "cpu" else 64 * CACHED_NUMBERS
+    width = _even(outputs, 128)
+    t1 = _even(n1, max(1, min(16, limit // (r1 * c * width))))
+    t2 = max(1, min(n2, limit // (t1 * r1 * c * width)))
+    pulled1, pulled2 = (_pad(_pad(one.cotangent, 3, width), 0, size) for one, size in ((rows, t1), (columns, 1)))
+    pulled1 = pulled1.reshape(-1, t1 * r1, c, pulled1.shape[3] // width, width).transpose(0, 3, 1, 2, 4)
+    pulled2 = pulled2.reshape(n2, r2, c, -1, width).transpose(0, 3, 1, 2, 4)
+    seen1 = _pad(rows.activation, 0, t1)
+    seen1 = seen1.reshape(-1, t1 * r1, *seen1.shape[2:])
+
+    def of_rows(row):
+        seen_i, pulled_i = row
+
+        def of_column(column):
+            seen_j, pulled_j = column
+            seen = _gram(seen_i, seen_j, dtype, precision) + bias  # (t1·R, R)
+
+            def add(total, pulled):
+                left, right = pulled
+                right = product(seen, right.reshape(r2, -1).T, precision).reshape(t1 * r1, c, width)
+                blocks = jnp.einsum("xah,xbh->xab", left, right, precision=precision, preferred_element_type=right.dtype)
+                return total + blocks.reshape(t1, r1, c, c).sum(1), None
+
+            return lax.scan(add, jnp.zeros((t1, c, c), seen.dtype), (pulled_i, pulled_j))[0]
+
+        return lax.map(of_column, (columns.activation, pulled2), batch_size=t2)  # (n2, t1, c, c)
+
+    blocks = lax.map(of_rows, (seen1, pulled1))  # (n1 / t1, n2, t1, c, c)
+    return blocks.transpose(0, 2, 3, 1, 4).reshape(-1, n2 * c)[: n1 * c]
+
+
+def _cross(straight: Factors, mirrored: Factors, precision: lax.PrecisionLike) -> Array:
+    """Σ_{r,s} (Δ_i[a,r]·A'_j[s]) (A_i[r]·Δ'_j[b,s]): one leaf used as it stands (i) and transposed (j)."""
+    n1, n2 = len(straight.cotangent), len(mirrored.cotangent)
+    c = straight.cotangent.shape[2]
+
+    def of_row(row):
+        left = _contract(row.cotangent, mirrored.activation, precision)  # (R, c, n2, S)
+        right = _contract(mirrored.cotangent, row.activation, precision)  # (n2, S, c, R)
+        return jnp.einsum("rajs,jsbr->ajb", left, right, precision=precision, preferred_element_type=left.dtype)
+
+    return lax.map(of_row, straight).reshape(n1 * c, n2 * c)
+
+
+def _contract(cotangent: Array, activation: Array, precision: lax.PrecisionLike) -> Array:
+    """Inner products along the last axes of both; an index takes its entry."""
+    if jnp.issubdtype(activation.dtype, jnp.integer):
+        inside = jnp.where(activation < 0, cotangent.shape[-1], activation)
+        return jnp.take(cotangent, inside, axis=-1, mode="fill", fill_value=0)
+    dtype = jnp.promote_types(cotangent.dtype, jnp.float32)
+    return jnp.tensordot(cotangent, activation, axes=(-1, -1), precision=precision, preferred_element_type=dtype)
+
+
+def _gram(rows: Array, columns: Array, dtype: jnp.dtype, precision: lax.PrecisionLike) -> Array:
+    """A_i·A_j for (m, inputs) and (n, inputs) activations; indices are equal or not."""
+    if jnp.issubdtype(rows.dtype, jnp.integer):
+        return ((rows[:, None] == columns) & (columns >= 0)).astype(dtype)
+    return product(rows, columns, precision).astype(dtype)
+
+
+def _even(total: int, most: int) -> int:
+    """The size of equal parts of at most `most`, the last one smaller at worst."""
+    return -(-total // -(-total // most))
+
+
+def _pad(array: Array, axis: int, multiple: int) -> Array:
+    """Zeros at the end of an axis, up to a multiple."""
+    missing = -array.shape[axis] % multiple
+    return jnp.pad(array, [(0, missing if k == axis else 0) for k in range(array.ndim)]) if missing else array

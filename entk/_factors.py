@@ -1,0 +1,264 @@
+"""The Jacobian of one example in factored form: what every product saw, and the cotangent at its result.
+
+For a leaf used in products y = W x at `positions` r of `groups` g (convolution pixels, tokens, iterations of a scan),
+the Jacobian is J[a] = Σ_r Δ[a, g, r, :] ⊗ A[g, r, :], A the activations and Δ[a] = ∂output_a/∂y the cotangents. Both
+come from one reverse pass: zeros are added to every y, and the outputs are differentiated in them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from entk._checks import ApplyFn, PyTree
+from entk._jacobian import model_precision
+from entk._params import differentiable
+from entk._uses import Lookup, Scope, Use, Uses, find_uses
+
+
+class Factors(NamedTuple):
+    """Factors of one leaf's Jacobian.
+
+    Attributes:
+      activation: (groups, positions, inputs), or (groups, positions) integers that stand for one-hot rows.
+      cotangent: (outputs of the model c, groups, positions, outputs of the product).
+    """
+
+    activation: Array
+    cotangent: Array
+
+
+@dataclass(frozen=True)
+class Part:
+    """One summand of K: a leaf (with the bias added to its product), factored or as a Jacobian block.
+
+    Attributes:
+      leaves: indices of the parameter leaves; the second is the bias.
+      uses: products with the leaf, positions of one leaf; empty for a leaf left to autodiff.
+      mirrored: products with the transposed leaf (tied weights), inputs and outputs exchanged.
+      sizes, mirrored_sizes: (groups, positions, inputs, outputs), all uses together.
+      reason: why the leaf is left to autodiff.
+    """
+
+    leaves: tuple[int, ...]
+    num_params: int
+    uses: tuple[Use, ...] = ()
+    mirrored: tuple[Use, ...] = ()
+    reason: str = ""
+
+    @property
+    def has_bias(self) -> bool:
+        return len(self.leaves) == 2
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int] | None:
+        return _together(self.uses)
+
+    @property
+    def mirrored_sizes(self) -> tuple[int, int, int, int] | None:
+        return _together(self.mirrored)
+
+    @property
+    def layouts(self) -> Any:
+        """Equal for two traces of a model whose factors belong together."""
+        both = (*self.uses, *self.mirrored)
+        return self.leaves, [(use.view.steps, use.layout, use.total[0], *use.total[2:]) for use in both]
+
+
+def _together(uses: tuple[Use, ...]) -> tuple[int, int, int, int] | None:
+    if not uses:
+        return None
+    groups, _, inputs, outputs = uses[0].total
+    return groups, sum(use.total[1] for use in uses), inputs, outputs
+
+
+class FactoredModel:
+    """`apply_fn` on inputs of one shape: its parts, and the factors of an example.
+
+    Attributes:
+      parts: summands of K, every floating leaf in exactly one; with `factor=False` all by autodiff.
+      num_outputs: c.
+      dtype: of the outputs.
+      residual_bytes, largest_bytes: all intermediate results of one example's forward pass, and the largest.
+    """
+
+    def __init__(self, apply_fn: ApplyFn, params: PyTree, x: PyTree, *, factor: bool = True):
+        leaves, rebuild = differentiable(params)
+        self._leaves = [jnp.asarray(leaf) for leaf in leaves]
+
+        def outputs(leaves, x_i):
+            return apply_fn(rebuild(leaves), jax.tree.map(lambda leaf: leaf[None], x_i)).reshape(-1)
+
+        spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf)), x)
+        with model_precision():
+            found = find_uses(outputs, self._leaves, spec)
+        self._scope = found.scope
+        out = found.scope.jaxpr.outvars[0].aval
+        self.num_outputs, self.dtype = out.shape[0], out.dtype
+        self.parts = _divide(found if factor else None, self._leaves)
+        self.residual_bytes, self.largest_bytes = _intermediates(found.scope.jaxpr)
+
+    def factors(self, x_i: PyTree) -> list[tuple[Factors, Factors | None] | Array]:
+        """Per part: factors of its uses and of its mirrored uses, or its (c, leaf size) Jacobian block."""
+        uses = {use.index: use for part in self.parts for use in (*part.uses, *part.mirrored)}
+        by_autodiff = [part.leaves[0] for part in self.parts if not part.uses]
+        taps = {index: jnp.zeros((*use.loops, *use.shape), use.dtype) for index, use in uses.items()}
+
+        def outputs(taps, chosen):
+            leaves = list(self._leaves)
+            for index, leaf in zip(by_autodiff, chosen, strict=True):
+                leaves[index] = leaf
+            (out,), activations = _evaluate(self._scope, [*leaves, *jax.tree.leaves(x_i)], taps)
+            return out, activations
+
+        with model_precision():
+            out, pull, activations = jax.vjp(
+                outputs, taps, [self._leaves[index] for index in by_autodiff], has_aux=True
+            )
+            cotangents, blocks = jax.vmap(pull)(jnp.eye(self.num_outputs, dtype=out.dtype))
+        blocks = dict(zip(by_autodiff, blocks, strict=True))
+        return [
+            (_join(part.uses, activations, cotangents), _join(part.mirrored, activations, cotangents))
+            if part.uses
+            else blocks[part.leaves[0]].reshape(self.num_outputs, -1)
+            for part in self.parts
+        ]
+
+
+def _join(uses: tuple[Use, ...], activations: dict[int, Array], cotangents: dict[int, Array]) -> Factors | None:
+    """The factors of several uses of one leaf, one after the other along the positions."""
+    if not uses:
+        return None
+    one_hot = any(isinstance(use, Lookup) for use in uses) and not all(isinstance(use, Lookup) for use in uses)
+    seen, pulled = [], []
+    for use in uses:
+        activation = activations[use.index]
+        if isinstance(use, Lookup) and one_hot:
+            activation = jax.nn.one_hot(activation, use.sizes[2], dtype=use.dtype)
+        if use.view.scale != 1.0:
+            scale = use.view.scale
+            pulled.append(use.merge_loops(use.cotangent(cotangents[use.index]), 1, 1) * scale)
+        else:
+            pulled.append(use.merge_loops(use.cotangent(cotangents[use.index]), 1, 1))
+        seen.append(use.merge_loops(activation, 0, activation.ndim - len(use.loops) - 2))
+    return Factors(jnp.concatenate(seen, axis=1), jnp.concatenate(pulled, axis=2))
+
+
+def _evaluate(scope: Scope, args: list[Array], taps: dict[int, Array]) -> tuple[list[Array], dict[int, Array]]:
+    """Runs a jaxpr with `taps` added to the results of its uses; also returns what those uses saw."""
+    values = dict(zip([*scope.jaxpr.constvars, *scope.jaxpr.invars], [*scope.consts, *args], strict=True))
+    activations: dict[int, Array] = {}
+
+    def read(var):
+        return var.val if hasattr(var, "val") else values[var]
+
+    for number, eqn in enumerate(scope.jaxpr.eqns):
+        operands = [read(var) for var in eqn.invars]
+        inner, use = scope.inner.get(number), scope.uses.get(number)
+        wanted = inner.indices() & taps.keys() if inner is not None else set()
+        if inner is not None and wanted:
+            run = _evaluate_scan if eqn.primitive.name == "scan" else _evaluate_inlined
+            results, seen = run(eqn, inner, operands, {index: taps[index] for index in wanted})
+            activations.update(seen)
+        else:
+            results = _bind(eqn, operands)
+        if use is not None and use.index in taps:
+            activations[use.index] = use.activation(operands)
+            results = [results[0] + taps[use.index]]
+        values.update(zip(eqn.outvars, results, strict=True))
+    return [read(var) for var in scope.jaxpr.outvars], activations
+
+
+def _bind(eqn: Any, operands: list[Array]) -> list[Array]:
+    """One equation as it stands, custom derivative rules included."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)  # a pair before JAX 0.10.2
+    results = eqn.primitive.bind(*functions, *operands, **params)
+    return results if eqn.primitive.multiple_results else [results]
+
+
+def _evaluate_inlined(eqn, inner, operands, taps):
+    return _evaluate(inner, operands, taps)
+
+
+def _evaluate_scan(eqn, inner, operands, taps):
+    """A scan whose taps are scanned over too, and whose activations are stacked like its results."""
+    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
+
+    def body(carry, slices):
+        slices, taps = slices
+        results, seen = _evaluate(inner, [*consts, *carry, *slices], taps)
+        return results[:num_carry], (results[num_carry:], seen)
+
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    carry, (stacked, seen) = lax.scan(body, carry, (operands[num_consts + num_carry :], taps), **options)
+    return [*carry, *stacked], seen
+
+
+def _divide(found: Uses | None, leaves: list[Array]) -> list[Part]:
+    """Every leaf into one part: factored where its uses fit together, else by autodiff."""
+    if found is None:
+        reason = "is used differently for x1 and x2"
+        return [Part((k,), leaf.size, reason=reason) for k, leaf in enumerate(leaves) if leaf.size]
+    by_leaf: dict[int, list[Use]] = {}
+    for use in found.uses:
+        by_leaf.setdefault(use.view.leaf, []).append(use)
+    parts, in_a_part = [], set()
+    reasons = dict(found.opaque)
+    for leaf, uses in by_leaf.items():
+        if leaf in reasons or leaf in found.biases:
+            reasons.setdefault(leaf, "is a weight and a bias")
+            continue
+        first = uses[0]
+        straight = [use for use in uses if _same(use, first)]
+        mirrored = [use for use in uses if not _same(use, first) and _is_mirrored(use, first)]
+        if len(straight) + len(mirrored) < len(uses):
+            reasons[leaf] = "is used in several shapes"
+            continue
+        bias = [
+            other
+            for other, added_to in found.biases.items()
+            if added_to == [first.index] and other not in by_leaf and other not in reasons and len(uses) == 1
+        ]
+        owned = (leaf, *bias[:1])
+        in_a_part.update(owned)
+        parts.append(Part(owned, sum(leaves[k].size for k in owned), tuple(straight), tuple(mirrored)))
+    for leaf, array in enumerate(leaves):
+        if leaf not in in_a_part and array.size:
+            reason = reasons.get(leaf) or ("is a shared bias" if leaf in found.biases else "is not used")
+            parts.append(Part((leaf,), array.size, reason=reason))
+    return sorted(parts, key=lambda part: part.leaves)
+
+
+def _same(use: Use, other: Use) -> bool:
+    return use.view.steps == other.view.steps and use.layout == other.layout
+
+
+def _is_mirrored(use: Use, other: Use) -> bool:
+    groups, inputs, outputs = use.layout if len(use.layout) == 3 and use.layout[0] != "conv" else (None, None, None)
+    return use.view.steps == other.view.steps and other.layout == (groups, outputs, inputs) and groups == ()
+
+
+def _intermediates(jaxpr: Any) -> tuple[int, int]:
+    """Bytes of all intermediate results of a jaxpr, and of the largest one."""
+    total = largest = 0
+    for eqn in jaxpr.eqns:
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+                some, most = _intermediates(inner)
+                total, largest = total + times * some, max(largest, most)
+        sizes = [
+            int(np.prod(var.aval.shape)) * var.aval.dtype.itemsize
+            for var in eqn.outvars
+            if hasattr(var.aval, "shape") and hasattr(var.aval.dtype, "itemsize")
+        ]
+        total, largest = total + sum(sizes), max([largest, *sizes])
+    return total, largest
