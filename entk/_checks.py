@@ -1,4 +1,4 @@
-"""What every kernel asks of its arguments, checked on shapes and dtypes before any memory is spent."""
+"""What every kernel asks of its arguments, checked before memory is spent."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import psutil
 
+from entk._independence import check_independent
 from entk._params import differentiable
 
 PyTree = Any
@@ -21,7 +22,7 @@ class OutputSpec(NamedTuple):
     """Static facts of `apply_fn` on one batch."""
 
     num_examples: int
-    num_outputs: int
+    num_outputs: int  # of one example, trailing axes multiplied
     dtype: jnp.dtype
 
 
@@ -95,7 +96,10 @@ def num_examples(x: PyTree, name: str) -> int:
 
 
 def check_apply(apply_fn: ApplyFn, params: PyTree, x: PyTree, name: str = "x") -> OutputSpec:
-    """Traces `apply_fn` (nothing is computed) and checks its outputs against the contract `(n, c)` or `(n,)`."""
+    """Checks `apply_fn` against the contract: one row of outputs an example, of any trailing shape, and of its own.
+
+    All of it is checked by tracing, except what takes values: that a row changes with its own example only.
+    """
     _check_static(apply_fn)
     dtype = check_params(params)
     n = num_examples(x, name)
@@ -112,27 +116,29 @@ def check_apply(apply_fn: ApplyFn, params: PyTree, x: PyTree, name: str = "x") -
             f"apply_fn must return one array of shape (n, c) or (n,); got {jax.tree.structure(out)}. "
             "Return the outputs alone, e.g. out[0]."
         )
-    if len(out.shape) not in (1, 2) or out.shape[0] != n:
+    if out.shape[:1] != (n,):
         raise ValueError(
-            f"apply_fn({name}) has shape {out.shape}, but must be ({n}, c) or ({n},): one row of outputs for each of "
-            f"the {n} examples. Reshape inside apply_fn, e.g. out.reshape(len(x), -1)."
+            f"apply_fn({name}) has shape {out.shape}, but must be ({n}, c) or ({n},): one row of outputs, of any "
+            f"trailing shape, for each of the {n} examples. Reshape inside apply_fn, e.g. out.reshape(len(x), -1)."
         )
     if out.dtype != dtype:
         raise TypeError(
             f"apply_fn({name}) has dtype {out.dtype} and params {dtype}, but both must be floating point of one dtype. "
             f"Cast inside apply_fn, e.g. out.astype(jnp.{dtype})."
         )
-    num_outputs = out.shape[1] if len(out.shape) == 2 else 1
+    row = out.shape[1:]
+    num_outputs = math.prod(row)
     if num_outputs == 0:
         raise ValueError(f"apply_fn({name}) has shape {out.shape}: zero outputs an example; it must have at least one.")
     # Outputs like a Gram matrix (n, n) have the right shape and still mix examples: one example alone gives it away.
     one_example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *jnp.shape(leaf)[1:]), jnp.result_type(leaf)), x)
     alone = jax.eval_shape(apply_fn, params, one_example)
-    if math.prod(alone.shape) != num_outputs:
+    if alone.shape not in ((1, *row), tuple(size for size in row if size != 1)):  # the latter from jnp.squeeze
         raise ValueError(
             f"apply_fn gives {num_outputs} outputs an example on the {n} examples of {name} and {alone.shape} on one "
             "example: it must treat examples independently. Remove what mixes the rows of the batch."
         )
+    check_independent(apply_fn, params, x, name)
     return OutputSpec(n, num_outputs, out.dtype)
 
 

@@ -42,8 +42,9 @@ def jacobian(
     """Per-example Jacobian J[i, a] = ∂ apply_fn(w, x)[i, a] / ∂w (theory §1).
 
     Args:
-      apply_fn: pure function `(params, x) -> (n, c)` or `(n,)` that treats examples independently. It is a static
-        argument of a jitted function: define it once, a new lambda at every call compiles anew.
+      apply_fn: pure function `(params, x) -> (n, c)` or `(n,)` that treats examples independently; outputs of any
+        trailing shape are flattened by rows. It is a static argument of a jitted function: define it once, a new lambda
+        at every call compiles anew.
       params: pytree whose floating-point leaves, p scalars in all, share one dtype. Integers, booleans and random keys
         are constants without columns. `jax.lax.stop_gradient` inside apply_fn freezes a parameter (columns of zeros),
         closing over it takes it out.
@@ -55,10 +56,12 @@ def jacobian(
       parameter.
 
     Raises:
-      TypeError, ValueError: outputs that are not (n, c) or (n,), mixed or complex dtypes, zero examples.
+      TypeError, ValueError: outputs without a row for each example, outputs of an example that change with another
+        one, mixed or complex dtypes, zero examples.
       MemoryError: the Jacobian would not fit; nothing has been allocated then.
 
-    Not supported: models that mix examples (batch statistics), complex parameters.
+    Not supported: models that mix examples, such as batch normalisation in training mode; complex parameters. The
+    former is looked for on two examples, once for an apply_fn, where values are at hand: not while JAX traces.
 
     Cost: c vector-Jacobian products an example. 2·n·c·p numbers while the blocks of the parameter arrays are joined, of
     which n·c·p stay; with a microbatch_size b that divides n, (n + 2·b)·c·p. Products run at full precision unless

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
-from mlp_oracle import apply_fn, assert_close, batch, complex_step_jacobian, forward, init, jacobian_by_hand
+from mlp_oracle import (
+    apply_fn,
+    assert_close,
+    batch,
+    complex_step_jacobian,
+    forward,
+    init,
+    jacobian_by_hand,
+    kernel_by_hand,
+)
 
 import entk._checks
 import entk._jacobian
@@ -164,6 +173,26 @@ def test_one_output_as_a_vector_or_as_a_column():
     np.testing.assert_array_equal(jacobian(lambda params, x: apply_fn(params, x)[:, 0], params, x), column)
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (3, 1, 2), (1, 6)])
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+def test_outputs_of_any_trailing_shape_are_flattened_by_rows(shape, microbatch_size):
+    params, x = init(17, outputs=6), batch(17, 5)
+
+    def model(params, x):
+        return apply_fn(params, x).reshape(-1, *shape)
+
+    jac = jacobian(model, params, x, microbatch_size=microbatch_size)
+    assert_close(jac, jacobian_by_hand(params, x))
+    assert_close(empirical_ntk(model, params, x, microbatch_size=microbatch_size), kernel_by_hand(params, x, x))
+    assert_close(ntk_vector_product(model, params, np.arange(30.0), x), kernel_by_hand(params, x, x) @ np.arange(30.0))
+
+
+def test_a_model_may_drop_the_axis_of_a_single_example():
+    params, x = init(6, outputs=1), batch(6, 5)
+    squeezed = jacobian(lambda params, x: jnp.squeeze(apply_fn(params, x)), params, x)
+    assert_close(squeezed, jacobian_by_hand(params, x))
+
+
 def test_one_example():
     params, x = init(7), batch(7, 1)
     assert_close(jacobian(apply_fn, params, x), jacobian_by_hand(params, x))
@@ -298,9 +327,18 @@ PARAMS, X = init(15), batch(15, 5)
 
 BAD_OUTPUTS = {
     "rank 0": (lambda p, x: apply_fn(p, x).sum(), ValueError, r"shape \(\), but must be \(5, c\) or \(5,\).*Reshape"),
-    "rank 3": (lambda p, x: apply_fn(p, x)[..., None], ValueError, r"shape \(5, 2, 1\), but must be .*Reshape"),
+    "no examples": (
+        lambda p, x: apply_fn(p, x).ravel(),
+        ValueError,
+        r"shape \(10,\), but must be .*any trailing shape",
+    ),
     "one row short": (lambda p, x: apply_fn(p, x)[1:], ValueError, r"shape \(4, 2\), but must be \(5, c\)"),
     "transposed": (lambda p, x: apply_fn(p, x).T, ValueError, r"shape \(2, 5\), but must be \(5, c\)"),
+    "a square transposed": (
+        lambda p, x: (x @ p["w_in"] @ np.ones((4, 5))).T,
+        ValueError,
+        r"5 outputs an example on the 5 examples of x1? and \(5, 1\) on one example",
+    ),
     "tuple": (lambda p, x: (apply_fn(p, x), x), TypeError, r"must return one array .* got PyTreeDef.*alone, e.g. out"),
     "dict": (lambda p, x: {"out": apply_fn(p, x)}, TypeError, r"must return one array .*'out'"),
     "none": (lambda p, x: None, TypeError, r"must return one array .*None"),

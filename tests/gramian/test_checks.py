@@ -24,7 +24,7 @@ def saddle(u, y):
 
 BAD = {
     # outputs
-    "rank 3": (lambda w, x: (x @ w)[:, None, None], W, X, squared_loss(Y), None, ValueError, r"shape \(4, 1, 1\)"),
+    "flat": (lambda w, x: jnp.repeat(x @ w, 2), W, X, squared_loss(Y), None, ValueError, r"shape \(8,\), but must be"),
     "rank 0": (lambda w, x: jnp.sum(x @ w), W, X, squared_loss(Y), None, ValueError, r"shape \(\), but must be"),
     "transposed": (lambda w, x: (x @ w)[None], W, X, squared_loss(Y), None, ValueError, r"must be \(4, c\) or \(4,\)"),
     "two outputs": (lambda w, x: (x @ w, x), W, X, squared_loss(Y), None, TypeError, "must return one array"),
