@@ -3,9 +3,10 @@
 import tyro
 
 from experiments.benchmarks.flow import main as benchmark_flow
+from experiments.benchmarks.ntk import main as benchmark_ntk
 from experiments.quickstart import main as quickstart
 
-EXPERIMENTS = {"quickstart": quickstart, "benchmark-flow": benchmark_flow}
+EXPERIMENTS = {"quickstart": quickstart, "benchmark-flow": benchmark_flow, "benchmark-ntk": benchmark_ntk}
 
 
 def main() -> None:
