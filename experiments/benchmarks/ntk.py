@@ -175,7 +175,7 @@ def main(settings: Annotated[NtkBenchmark, tyro.conf.arg(name="")] = NtkBenchmar
 
 def _resume(path: Path, settings: NtkBenchmark) -> dict[str, Any]:
     """What `path` holds, when it was measured here and in the same way."""
-    key = {name: getattr(settings, name) for name in ("repeats", "limit", "largest", "seed", "smoke")}
+    key = {name: getattr(settings, name) for name in ("repeats", "limit", "memory", "largest", "seed", "smoke")}
     here = {**machine(), "cpu": _cpu(), "memory_gib": round(psutil.virtual_memory().total / 2**30)}
     if path.exists() and not settings.fresh:
         done = json.loads(path.read_text())
