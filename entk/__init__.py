@@ -10,9 +10,10 @@ from entk._evolution import (
 )
 from entk._jacobian import jacobian
 from entk._ntk import empirical_ntk
-from entk._operator import ntk_vector_product
+from entk._operator import NtkOperator, ntk_vector_product
 
 __all__ = [
+    "NtkOperator",
     "centered_kernel_alignment",
     "effective_rank",
     "empirical_ntk",
