@@ -46,7 +46,7 @@ def resnet(n: int, side: int = 32, channels: tuple[int, ...] = (16, 32, 64), out
 
 def rnn(n: int, length: int = 32, width: int = 256, inputs: int = 32, outputs: int = 10) -> Network:
     sizes = {"inputs": inputs, "width": width, "length": length, "outputs": outputs}
-    return Network(f"tanh RNN {width}, T={length}", "rnn", sizes, n)
+    return Network(f"RNN {width}, T={length}", "rnn", sizes, n)
 
 
 def arrays(network: Network, seed: int) -> dict[str, np.ndarray]:

@@ -93,7 +93,7 @@ def figures(done: dict[str, Any], folder: Path) -> None:
         above, below = figure.subplots(2)
         _bars(above, records, lambda record, c: median_seconds(record, c.name), "seconds of one kernel (log axis)")
         _bars(below, records, _peak_gib, "peak memory of one kernel in GiB (log axis)")
-        above.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+        above.legend(ncols=len(STYLES), loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
         figure.savefig(folder / "kernels.png", dpi=150)
     panels = {what: points for what, points in done["growth"].items() if points}
     if panels:
@@ -133,7 +133,7 @@ def _kernel_cell(record: dict[str, Any], family: str) -> str:
         return "not timed yet"
     gib = record["alone"][best.name]["peak_bytes"] / GIB
     variant = f", {best.variant}" if best.variant != best.family else ""
-    return f"{_number(seconds)} s, {_number(gib)} GiB" + (f" ({_number(times)}x{variant})" if times else "")
+    return f"{_number(seconds)} s" + (f" ({_number(times)}x)" if times else "") + f", {_number(gib)} GiB{variant}"
 
 
 def _why_not(record: dict[str, Any], family: str) -> str:
@@ -189,6 +189,7 @@ def _network(record: dict[str, Any]) -> str:
 
 def _number(value: float) -> str:
     """Three significant digits, and no exponents."""
+    value = float(f"{value:.3g}")
     if value >= 100 or value == 0:
         return f"{value:,.0f}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
@@ -204,26 +205,23 @@ def _peak_gib(record: dict[str, Any], contender: Contender) -> float:
 
 
 def _bars(ax: Axes, records, height, label: str) -> None:
+    """One group of bars a network, one bar a family; the height of its fastest variant."""
     names = families(KERNELS)
     width = 0.8 / len(names)
     for i, (family, (color, hatch, _)) in enumerate(zip(names, STYLES, strict=True)):
-        for j, record in enumerate(records):
-            best, x = fastest(record, family, KERNELS), j + (i - (len(names) - 1) / 2) * width
-            value = height(record, best) if best else None
-            if value:
-                bar = ax.bar(x, value, width, color=color, hatch=hatch, edgecolor="white", label=family)
-                ax.bar_label(bar, [_number(value)], fontsize=7)
-            elif any(name.startswith(family) for name in record["alone"]):
-                ax.text(
-                    x, 0.02, "not finished", rotation=90, ha="center", fontsize=7, transform=ax.get_xaxis_transform()
-                )
-    handles, labels = ax.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    ax.legend(unique.values(), unique.keys())
+        best = [fastest(record, family, KERNELS) for record in records]
+        heights = [(c and height(record, c)) or math.nan for record, c in zip(records, best, strict=True)]
+        places = [j + (i - (len(names) - 1) / 2) * width for j in range(len(records))]
+        bars = ax.bar(places, heights, width, color=color, hatch=hatch, edgecolor="white", label=family)
+        ax.bar_label(bars, ["" if math.isnan(value) else _number(value) for value in heights], fontsize=7)
+        for place, value, record in zip(places, heights, records, strict=True):
+            if math.isnan(value) and any(c.name in record["alone"] for c in KERNELS if c.family == family):
+                across = ax.get_xaxis_transform()
+                ax.text(place, 0.02, "not finished", rotation=90, ha="center", fontsize=7, transform=across)
     ax.set_yscale("log")
-    ax.set_xticks(
-        range(len(records)), [f"{r['title']}\nn = {r['n']}, N = {r['n'] * r['c']:,}" for r in records], fontsize=8
-    )
+    titles = [record["title"].replace(" ", "\n", 1) for record in records]
+    sizes = [f"n = {record['n']}, N = {record['n'] * record['c']:,}" for record in records]
+    ax.set_xticks(range(len(records)), [f"{t}\n{n}" for t, n in zip(titles, sizes, strict=True)], fontsize=8)
     ax.set_ylabel(label)
     ax.margins(y=0.12)
 
@@ -233,9 +231,12 @@ def _growth(ax: Axes, what: str, points: dict[str, Any]) -> None:
         timed = [(int(v), s) for v, point in points.items() if (s := median_seconds(point, contender.name))]
         if timed:
             ax.loglog(*zip(*timed, strict=True), color=color, marker=marker, label=contender.name + _slope(timed))
+    values = [int(value) for value in points]
+    ax.set_xticks(values, [f"{value}" for value in values])
+    ax.minorticks_off()
     ax.set_xlabel(what)
     ax.set_ylabel("seconds of one kernel")
-    ax.set_title(_network_of(points), fontsize=9)
+    ax.set_title(_panel_title(points), fontsize=9)
     ax.legend(fontsize=8)
 
 
@@ -247,7 +248,11 @@ def _slope(timed: list[tuple[int, float]]) -> str:
     return f", slope {math.log(s2 / s1) / math.log(x2 / x1):.1f} at the end"
 
 
-def _network_of(points: dict[str, Any]) -> str:
-    """The network of the first point; the panel's axis says what grows."""
-    first = next(iter(points.values()))
-    return f"from {first['title']}, n = {first['n']}, c = {first['c']}"
+def _panel_title(points: dict[str, Any]) -> str:
+    """The first and the last network, as far as they differ."""
+
+    def said(point):
+        return f"{point['title']}, n = {point['n']}"
+
+    first, last = next(iter(points.values())), list(points.values())[-1]
+    return said(first) if said(first) == said(last) else f"{said(first)}\nto {said(last)}"
