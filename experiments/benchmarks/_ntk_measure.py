@@ -17,6 +17,8 @@ from experiments.benchmarks._ntk_workers import COMPILE_LIMIT, Contender, Stoppe
 TOLERANCE = 1e-3  # of the largest entry, by which a result may differ from the first contender's
 ROUNDS_BUDGET = 30.0  # seconds of rounds after which no more than the asked number are run
 MAX_ROUNDS = 10
+SLOWER_VARIANT = 3.0  # times its family's fastest so far, after which a variant is given up
+LEAST_LIMIT = 5.0  # seconds that every variant gets
 
 
 @dataclass
@@ -135,7 +137,7 @@ def _alone(bench: Bench, spec, contenders: Sequence[Contender], missing: Sequenc
     for contender in missing:
         path = reference if contender == first else bench.work / "result.npy"
         bench.status(f"{contender.name}, alone")
-        run = _qualify(bench, spec, contender, path)
+        run = _qualify(bench, spec, contender, path, _limit(bench, record, contender, contenders))
         if contender != first and "seconds" in run and reference.exists():
             run["error"] = _difference(path, reference)
         record["alone"][contender.name] = run
@@ -146,12 +148,21 @@ def _alone(bench: Bench, spec, contenders: Sequence[Contender], missing: Sequenc
             bench.alive.pop(name).close()
 
 
-def _qualify(bench: Bench, spec, contender: Contender, path: Path) -> dict[str, Any]:
+def _limit(bench: Bench, record, contender: Contender, contenders: Sequence[Contender]) -> float:
+    """Seconds for a call; less where the family has a variant which this one then cannot beat."""
+    best = fastest(record, contender.family, contenders)
+    if best is None:
+        return bench.limit
+    return min(bench.limit, max(SLOWER_VARIANT * record["alone"][best.name]["seconds"], LEAST_LIMIT))
+
+
+def _qualify(bench: Bench, spec, contender: Contender, path: Path, limit: float | None = None) -> dict[str, Any]:
+    limit = limit or bench.limit
     try:
         worker = bench.start(contender, spec)
         bench.alive[contender.name] = worker
-        first = worker.call(bench.limit + COMPILE_LIMIT)
-        second = worker.call(bench.limit, save=path)
+        first = worker.call(limit + COMPILE_LIMIT)
+        second = worker.call(limit, save=path)
     except Stopped as stopped:
         bench.alive.pop(contender.name, None)
         return {"stopped": str(stopped)}

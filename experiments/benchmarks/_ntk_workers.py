@@ -56,7 +56,7 @@ KERNELS = (
     Contender("jacrev + matmul", "jacrev + matmul", "jax_kernels.py"),
     *(
         Contender("neural-tangents", variant, "jax_kernels.py", "neural-tangents")
-        for variant in ("jacobian contraction", "NTK-vector products", "structured derivatives", "auto")
+        for variant in ("structured derivatives", "jacobian contraction", "NTK-vector products", "auto")
     ),
     *(
         Contender("torch.func", variant, "torch_kernels.py", "torch")
