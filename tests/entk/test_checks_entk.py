@@ -80,9 +80,14 @@ MIXING = {
     "exchanged": lambda: (lambda p, x: apply_fn(p, x)[::-1], PARAMS),
     "attention between examples": lambda: (lambda p, x: jax.nn.softmax(x @ x.T) @ apply_fn(p, x), PARAMS),
     "NaN somewhere": lambda: (lambda p, x: apply_fn(p, x) + jnp.where(x[-1, 0] > 0, jnp.nan, 0.0), PARAMS),
+    "something beside NaN": lambda: (lambda p, x: softmax_over_the_batch(p, x).at[:, 0].set(jnp.nan), PARAMS),
     "hidden by zeros": lambda: (
         lambda p, x: jnp.tanh(normalised(x @ p["w_in"], 0)) @ p["w_out"],
         {**PARAMS, "w_out": np.zeros((4, 2))},
+    ),
+    "seen at these parameters alone": lambda: (
+        lambda p, x: normalised(x, 0) + jnp.sqrt(1 - p),  # NaN for a parameter above 1
+        jnp.ones(()),
     ),
 }
 
@@ -276,13 +281,15 @@ def test_a_model_whose_sums_come_in_any_order_passes():
 
 
 def test_strict_settings_of_the_caller():
-    with jax.debug_nans(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        check_apply(lambda p, x: jnp.sqrt(p) * x, jnp.zeros(()), X)  # sqrt of a shifted parameter is NaN
+    """The check is made under them, and stumbles over none."""
     params, x = jnp.ones(3), jnp.asarray(X)
     with jax.transfer_guard("disallow"):
-        check_apply(lambda p, x: p * x, params, x)
+        assert entk._independence._largest_change(lambda p, x: p * x, params, x) == 0
+    with jax.debug_nans(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        # The square root of the shifted parameter is NaN.
+        assert entk._independence._largest_change(lambda p, x: jnp.sqrt(1 - p) * x, jnp.ones(()), x) == 0
     with jax.enable_x64(False):
-        check_apply(apply_fn, PARAMS, X)
+        assert entk._independence._largest_change(apply_fn, PARAMS, X) == 0
 
 
 # ----------------------------------------------------------------------------------------------------- when it is done
@@ -358,16 +365,23 @@ def test_only_a_few_rows_are_moved(monkeypatch):
 def test_nothing_is_run_while_jax_traces(runs):
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), PARAMS)
 
+    shapes = []
+
+    def model(params, x):
+        shapes.append(x.shape)
+        return softmax_over_the_batch(params, x)
+
     def compute(params):
-        return jacobian(softmax_over_the_batch, params, X)
+        return jacobian(model, params, jnp.asarray(X))
 
     assert jax.jit(compute)(PARAMS).shape == (5, 2, 26)
     assert jax.vmap(compute)(stacked).shape == (2, 5, 2, 26)
     assert jax.grad(lambda params: compute(params).sum())(PARAMS)["w_in"].shape == (3, 4)
     assert jax.jit(lambda: compute(PARAMS))().shape == (5, 2, 26)
-    jax.eval_shape(lambda x: jacobian(softmax_over_the_batch, PARAMS, x), jnp.asarray(X))
-    check_apply(softmax_over_the_batch, PARAMS, jax.ShapeDtypeStruct((5, 3), jnp.float64))
+    jax.eval_shape(lambda x: jacobian(model, PARAMS, x), jnp.asarray(X))
+    check_apply(model, PARAMS, jax.ShapeDtypeStruct((5, 3), jnp.float64))
     assert not runs
+    assert set(shapes) == {(1, 3), (5, 3)}
 
 
 def test_what_apply_fn_closes_over_may_be_traced():
