@@ -53,7 +53,10 @@ def markdown(done: dict[str, Any]) -> str:
             "Gradient moments of a batch, as multiples of the seconds and memory of one plain batch gradient:"
         )
         blocks.append(_markdown_table(header, rows))
-    return "\n\n".join(block for block in (*blocks, remarks(done)) if block) + "\n"
+    figures = [("seconds and memory", "kernels.png", done["models"]), ("growth", "growth.png", done["growth"])]
+    links = [f"[{said}](results/benchmark-ntk/{name})" for said, name, measured in figures if measured]
+    blocks += [remarks(done), f"Figures: {', '.join(links)}." if links else ""]
+    return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def remarks(done: dict[str, Any]) -> str:

@@ -91,7 +91,7 @@ class NtkBenchmark:
       parts: what to measure. Everything measured is kept in `out` at once, and not measured again.
       networks: of the parts `models` (all of them) and `moments` (mlp and cnn).
       repeats: paired rounds, at least.
-      limit: seconds a call may take; a first call, which compiles, may take two minutes more.
+      limit: seconds a call may take; a first call, which compiles, may take three minutes more.
       memory: GiB a process may hold; by default all that is available at the start but half a GiB.
       largest: GiB that the largest kernel may take with all it needs.
       seed: of weights and inputs.
@@ -121,6 +121,10 @@ class NtkBenchmark:
 
 def main(settings: Annotated[NtkBenchmark, tyro.conf.arg(name="")] = NtkBenchmark()) -> None:
     """Seconds and memory of an empirical NTK, against neural-tangents, torch.func and plain JAX."""
+    if settings.readme and (settings.smoke or settings.out):
+        raise ValueError(
+            "README.md shows the full run in results/benchmark-ntk: pass --readme without --smoke and --out."
+        )
     jax.config.update("jax_platforms", "cpu")  # the machine's facts are those of the workers
     console = Console()
     if not console.is_terminal:
