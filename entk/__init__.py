@@ -1,6 +1,7 @@
 """Per-example Jacobians and empirical neural tangent kernels in JAX."""
 
 import entk._numerics_guard  # noqa: F401  (first: refuses a jaxlib whose results are wrong)
+from entk._contractions import JacobianBlocks, PositionPairs
 from entk._evolution import (
     centered_kernel_alignment,
     effective_rank,
@@ -8,12 +9,22 @@ from entk._evolution import (
     principal_angles,
     target_alignment,
 )
+from entk._full_jacobian import FullJacobian
 from entk._jacobian import jacobian
 from entk._ntk import empirical_ntk
 from entk._operator import NtkOperator, ntk_vector_product
+from entk._spectrum import spectral_density, top_eigenpairs
+from entk._structured import Structured
+from entk._trace import Hutchinson, XTrace, trace
 
 __all__ = [
+    "FullJacobian",
+    "Hutchinson",
+    "JacobianBlocks",
     "NtkOperator",
+    "PositionPairs",
+    "Structured",
+    "XTrace",
     "centered_kernel_alignment",
     "effective_rank",
     "empirical_ntk",
@@ -21,5 +32,8 @@ __all__ = [
     "kernel_drift",
     "ntk_vector_product",
     "principal_angles",
+    "spectral_density",
     "target_alignment",
+    "top_eigenpairs",
+    "trace",
 ]

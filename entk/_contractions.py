@@ -179,7 +179,9 @@ def _pairs(rows: Factors, columns: Factors, bias: bool, precision: lax.Precision
             def add(total, pulled):
                 left, right = pulled
                 right = product(seen, right.reshape(r2, -1).T, precision).reshape(t1 * r1, c, width)
-                blocks = jnp.einsum("xah,xbh->xab", left, right, precision=precision, preferred_element_type=right.dtype)
+                blocks = jnp.einsum(
+                    "xah,xbh->xab", left, right, precision=precision, preferred_element_type=right.dtype
+                )
                 return total + blocks.reshape(t1, r1, c, c).sum(1), None
 
             return lax.scan(add, jnp.zeros((t1, c, c), seen.dtype), (pulled_i, pulled_j))[0]

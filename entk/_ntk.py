@@ -1,48 +1,62 @@
-"""The empirical neural tangent kernel, contracted leaf by leaf from per-example Jacobians.
-
-This is the simple implementation: it stays as the oracle for every faster one.
-"""
+"""The empirical neural tangent kernel."""
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Protocol
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from entk._checks import ApplyFn, PyTree, check_apply_pair, check_fits, check_microbatch_size, num_params
-from entk._jacobian import PRECISION, example_jacobian, map_examples
+from entk._checks import ApplyFn, OutputSpec, PyTree, check_apply_pair
+from entk._structured import Structured
+
+
+class Strategy(Protocol):
+    """How a kernel is computed: `Structured` or `FullJacobian`. Hashable, so that it is compiled for once."""
+
+    def check(self, params: PyTree, spec1: OutputSpec, spec2: OutputSpec, symmetric: bool) -> None:
+        """Refuses what would not fit, before anything is allocated."""
+        ...
+
+    def kernel(self, apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None) -> Array:
+        """K of shape (n₁·c, n₂·c); the arguments have been checked."""
+        ...
+
+
+DEFAULT = Structured()
 
 
 def empirical_ntk(
-    apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None = None, *, microbatch_size: int | None = None
+    apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None = None, *, strategy: Strategy = DEFAULT
 ) -> Float[Array, "n1c n2c"]:
     """Empirical neural tangent kernel K = J₁ J₂ᵀ, the full matrix over outputs (theory §1).
 
     K_SS is `empirical_ntk(apply_fn, params, x_s)`, K_QS is `empirical_ntk(apply_fn, params, x_q, x_s)`.
 
     Args:
-      apply_fn: pure function `(params, x) -> (n, c)` or `(n,)` that treats examples independently; static, so define it
-        once.
-      params: pytree of floating-point arrays of one dtype.
+      apply_fn: pure function `(params, x) -> (n, ...)` that treats examples independently; c outputs an example, of any
+        shape, flattened by rows. Static, so define it once.
+      params: pytree whose floating-point leaves, p scalars in all, share one dtype; other leaves are constants.
       x1: inputs of the rows, n₁ examples.
-      x2: inputs of the columns, n₂ examples; None means x1.
-      microbatch_size: examples of x1 and of x2 whose Jacobians are held at once; None holds both Jacobians whole. With
-        it the Jacobian of x1 is formed anew for every block of x2.
+      x2: inputs of the columns, n₂ examples; None means x1, and then one triangle is computed.
+      strategy: how. `Structured()` contracts the activations and cotangents of the products in which each parameter
+        takes part, or Jacobian blocks where those are cheaper, within a budget of memory; `plan` shows its choices.
+        `FullJacobian()` is the simple way.
 
     Returns:
       Array of shape (n₁·c, n₂·c), example-major: row i·c + a belongs to output a of example i. No hidden
-      normalisation, not traced over outputs. Symmetric positive semi-definite for x2=None, up to rounding.
+      normalisation, not traced over outputs. Symmetric positive semi-definite for x2=None, up to rounding. In the dtype
+      of params, or float32 where that is shorter. Sharded examples give sharded rows, see `sharded_ntk`.
 
     Raises:
       TypeError, ValueError: as `jacobian`; also when x1 and x2 differ in their number of outputs.
-      MemoryError: the Jacobians held at once would not fit; nothing has been allocated then.
+      MemoryError: K would not fit, or one example exceeds the strategy's budget; nothing has been allocated then.
 
-    Cost: 2·n₁c·n₂c·p operations; (n₁ + n₂)·c·p numbers (n₁·c·p for x2=None), with microbatch_size b 2·b·c·p, and twice
-    the kernel. Products run at full precision unless `jax.default_matmul_precision` says otherwise.
+    Cost: see `plan`; at most 2·n₁c·n₂c·p operations and the strategy's `workspace_bytes` beside the kernel. Products
+    run at full precision: the model's unless `jax.default_matmul_precision` says otherwise, the contraction's unless
+    the strategy does.
 
-    Source: Jacot, Gabriel & Hongler, "Neural Tangent Kernel", arXiv:1806.07572.
+    Source: Jacot, Gabriel & Hongler, "Neural Tangent Kernel", arXiv:1806.07572; structured contraction after Novak,
+    Sohl-Dickstein & Schoenholz, "Fast Finite Width Neural Tangent Kernel", arXiv:2206.08720.
 
     Example:
       >>> import jax.numpy as jnp
@@ -53,37 +67,6 @@ def empirical_ntk(
       Array([[ 5., 11.],
              [11., 25.]], dtype=float64)
     """
-    microbatch_size = check_microbatch_size(microbatch_size)
     spec1, spec2 = check_apply_pair(apply_fn, params, x1, x2)
-    c, p, n1, n2 = spec1.num_outputs, num_params(params), spec1.num_examples, spec2.num_examples
-    b1, b2 = min(microbatch_size or n1, n1), min(microbatch_size or n2, n2)
-    held = n1 if x2 is None and b1 == n1 else b1 + b2
-    entries = held * c * p + 2 * n1 * n2 * c**2  # the kernel twice: once as blocks, or once as the sum so far
-    check_fits(
-        entries * spec1.dtype.itemsize,
-        f"holding {held} x {c} x {p:,} Jacobian rows and two copies of the {n1 * c} x {n2 * c} kernel in {spec1.dtype}",
-        "Pass a smaller microbatch_size, or use ntk_vector_product, which forms neither.",
-    )
-    return _empirical_ntk(apply_fn, params, x1, x2, microbatch_size)
-
-
-@partial(jax.jit, static_argnums=(0, 4))
-def _empirical_ntk(apply_fn, params, x1, x2, microbatch_size):
-    n1 = jax.tree.leaves(x1)[0].shape[0]
-    if x2 is None and (microbatch_size is None or microbatch_size >= n1):
-        jac = jax.vmap(lambda x_i: example_jacobian(apply_fn, params, x_i))(x1)
-        rows = [leaf.reshape(n1 * leaf.shape[1], leaf.shape[2]) for leaf in jac]
-        return sum(jnp.matmul(leaf, leaf.T, precision=PRECISION) for leaf in rows)
-
-    def column(x_j):
-        jac_j = example_jacobian(apply_fn, params, x_j)
-
-        def block(x_i):
-            jac_i = example_jacobian(apply_fn, params, x_i)
-            return sum(jnp.matmul(a, b.T, precision=PRECISION) for a, b in zip(jac_i, jac_j, strict=True))
-
-        return map_examples(block, x1, microbatch_size)
-
-    blocks = map_examples(column, x1 if x2 is None else x2, microbatch_size)  # (n2, n1, c, c)
-    n2, n1, c, _ = blocks.shape
-    return blocks.transpose(1, 2, 0, 3).reshape(n1 * c, n2 * c)
+    strategy.check(params, spec1, spec2, x2 is None)
+    return strategy.kernel(apply_fn, params, x1, x2)

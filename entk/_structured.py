@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from entk._checks import ApplyFn, PyTree
+from entk._checks import ApplyFn, OutputSpec, PyTree, check_fits
 from entk._contractions import Contraction, Cost, JacobianBlocks, PositionPairs
 from entk._factors import FactoredModel, Part
 from entk._jacobian import PRECISION, map_examples
 
-
+CACHED_BYTES = 2**25
 SMALLEST_TRIANGLE = 256  # rows of K below which halving a diagonal block costs more than it saves
 
 
@@ -61,6 +61,15 @@ class Structured:
         if not self.contractions:
             raise ValueError("contractions=() leaves nothing to choose from; pass JacobianBlocks(), PositionPairs().")
 
+    def check(self, params: PyTree, spec1: OutputSpec, spec2: OutputSpec, symmetric: bool) -> None:
+        """Refuses a kernel that would not fit; its workspace is checked when its blocks are laid out."""
+        rows, columns = (spec.num_examples * spec.num_outputs for spec in (spec1, spec2))
+        check_fits(
+            rows * columns * max(spec1.dtype.itemsize, 4),
+            f"the {rows} x {columns} kernel in {spec1.dtype}",
+            "Take it in blocks with NtkBlocks, or use NtkOperator, which never forms it.",
+        )
+
     def choose(self, model: FactoredModel, n1: int, n2: int) -> list[Choice]:
         """The cheapest contraction of every part for n1 by n2 examples."""
         choices = []
@@ -78,7 +87,7 @@ class Structured:
         stored = sum(choice.cost.stored for choice in choices) * size
         tile = max(choice.cost.tile for choice in choices) * max(size, 4)
         captured = sum(
-            math.prod(one[:2]) * c * one[3] if one else 0
+            math.prod(one[:2]) * one[3] if one else 0
             for choice in choices
             for one in (choice.part.sizes, choice.part.mirrored_sizes)
         )
@@ -98,11 +107,20 @@ class Structured:
                 "Pass a larger workspace_bytes, or use ntk_vector_product, which forms no kernel."
             )
         left = self.workspace_bytes - needed(rows, columns) + of_example
-        return Layout(rows, columns, max(1, min(max(rows, columns), left // of_example)))
+        if jax.default_backend() == "cpu":
+            left = min(left, CACHED_BYTES)  # intermediate results that leave the cache cost a fifth more time
+        return Layout(rows, columns, _whole_chunks(rows, max(1, left // of_example)))
 
     def kernel(self, apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None) -> Array:
         """K of shape (n₁·c, n₂·c); the arguments have been checked."""
         return _kernel(self, apply_fn, params, x1, x2)
+
+
+def _whole_chunks(total: int, most: int) -> int:
+    """A chunk of at most `most`, one that divides `total` where there is one above half of it."""
+    if most >= total:
+        return total
+    return next((size for size in range(most, most // 2, -1) if total % size == 0), most)
 
 
 def matched(apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None) -> tuple[FactoredModel, FactoredModel]:
@@ -188,7 +206,9 @@ def _one_triangle(block, prepared: list[PyTree], n: int, c: int) -> Array:
 
     def fill(kernel, start, stop):
         if (stop - start) * c <= smallest or stop - start == 1:
-            return kernel.at[start * c : stop * c, start * c : stop * c].set(block(take(start, stop), take(start, stop)))
+            return kernel.at[start * c : stop * c, start * c : stop * c].set(
+                block(take(start, stop), take(start, stop))
+            )
         middle = (start + stop) // 2
         kernel = fill(fill(kernel, start, middle), middle, stop)
         below = block(take(middle, stop), take(start, middle))

@@ -420,6 +420,7 @@ def _bias_of(eqn: Any, operands: list[Any], results: dict[Any, Use]) -> Use | No
     view, shape, dims = (
         (bias.view, bias.shape, bias.dims) if isinstance(bias, Spread) else (bias, bias.shape, range(len(bias.shape)))
     )
+    fits = all(size in (1, whole) for size, whole in zip(shape, use.shape, strict=True))
     if view.scale != 1.0 or view.stacked or view.order != tuple(range(len(view.order))) or use.sizes[0] != 1:
         return None
     wide = [dim for dim, size in zip(dims, view.shape, strict=True) if size > 1]
@@ -429,7 +430,7 @@ def _bias_of(eqn: Any, operands: list[Any], results: dict[Any, Use]) -> Use | No
         outputs = list(use.cotangent_order[len(use.cotangent_order) - len(use.layout[2]) :])  # pyright: ignore[reportAttributeAccessIssue]
     outputs = [axis for axis in outputs if use.shape[axis] > 1]
     same_size = math.prod(view.shape) == use.sizes[3]
-    return use if same_size and shape == use.shape and wide == outputs else None
+    return use if fits and same_size and wide == outputs else None
 
 
 def _grid(shape: Shape) -> list[Shape]:

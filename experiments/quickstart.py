@@ -98,7 +98,6 @@ class Problem(NamedTuple):
     clean_loss: OutputLoss
     test_loss: OutputLoss
     description: str
-    microbatch_size: int
 
 
 def problem(settings: Quickstart) -> Problem:
@@ -131,7 +130,6 @@ def problem(settings: Quickstart) -> Problem:
         clean_loss=loss(data.clean_s),
         test_loss=loss(data.clean_q),
         description=description,
-        microbatch_size=256 if squared else 32,
     )
 
 
@@ -167,7 +165,6 @@ def main(settings: Annotated[Quickstart, tyro.conf.arg(name="")] = Quickstart())
         test_loss=case.test_loss,
         rule=TraceShare(settings.channel_share),
         controller=AdaptiveStep(settings.rtol),
-        microbatch_size=case.microbatch_size,
         checkpoint=checkpoint,
         progress=True,
     )
@@ -188,7 +185,7 @@ def _estimate(settings: Quickstart, case: Problem) -> float:
 
     def seconds(*points):
         def kernel():
-            k = empirical_ntk(case.apply_fn, case.params, *points, microbatch_size=case.microbatch_size)
+            k = empirical_ntk(case.apply_fn, case.params, *points)
             k.block_until_ready()
 
         kernel()

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from entk._checks import check_apply, check_fits, check_microbatch_size, num_params
+from entk._checks import check_apply, check_fits
 from gramian._losses import OutputLoss, check_targets
 from gramian._source import KernelSource
 
@@ -34,10 +34,9 @@ def check_problem(source: KernelSource, loss: OutputLoss, params: PyTree, *, ope
     """
     if not isinstance(loss, OutputLoss):
         raise TypeError(f"loss is a {type(loss).__name__}; build it with squared_loss(y) or another gramian loss.")
-    check_microbatch_size(source.microbatch_size)
     spec = check_apply(source.apply_fn, params, source.x_s, "x_s")
     n, c, dtype = spec
-    m = 0
+    m, test = 0, None
     if source.x_q is not None:
         test = check_apply(source.apply_fn, params, source.x_q, "x_q")
         m = test.num_examples
@@ -45,14 +44,15 @@ def check_problem(source: KernelSource, loss: OutputLoss, params: PyTree, *, ope
             raise ValueError(f"x_q has {test.num_outputs} outputs an example and x_s {c}; they must agree.")
     check_targets(loss, n, c, dtype)
     if operators:
-        held = min(source.microbatch_size or n, n) + min(source.microbatch_size or m, m)
-        entries = held * c * num_params(params) + 12 * (n * c) ** 2 + 3 * n * c * m * c
+        entries = 12 * (n * c) ** 2 + 3 * n * c * m * c
         check_fits(
             entries * dtype.itemsize,
-            f"a dense flow of N = {n} x {c} training and M = {m} x {c} test outputs with {held} x {c} x "
-            f"{num_params(params):,} Jacobian rows in {dtype}",
-            "Pass a smaller microbatch_size, fewer examples, or float32 data and parameters.",
+            f"a dense flow of N = {n} x {c} training and M = {m} x {c} test outputs in {dtype}",
+            "Pass fewer examples, or float32 data and parameters.",
         )
+        source.strategy.check(params, spec, spec, True)
+        if test is not None:
+            source.strategy.check(params, test, spec, False)
     for name, tree in (("params", params), ("x_s", source.x_s), ("x_q", source.x_q)):
         check_finite(tree, name)
     u_s, u_q = source.outputs(params)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from entk import Structured
+from entk._ntk import Strategy
 from gramian._checkpoint import Checkpoint
 from gramian._checks import check_problem, check_times
 from gramian._controllers import AdaptiveStep, Controller
@@ -96,7 +98,7 @@ def gradient_flow(
     controller: Controller = AdaptiveStep(),
     observables: Mapping[str, Observable] | None = None,
     save_at: tuple[float, ...] = (),
-    microbatch_size: int | None = None,
+    strategy: Strategy = Structured(),
     max_num_steps: int = 10_000,
     checkpoint: Checkpoint | None = None,
     progress: bool = False,
@@ -118,7 +120,7 @@ def gradient_flow(
       controller: `AdaptiveStep(rtol, atol)` or `ConstantStep(dt)`.
       observables: what to record at every step, by name, e.g. `{"kernel": KernelEvolution()}`.
       save_at: times in (t0, t1] at which to keep the parameters; steps end there.
-      microbatch_size: examples whose Jacobians are held at once; None holds all.
+      strategy: how kernels are computed, and in how much memory, as in `entk.empirical_ntk`.
       max_num_steps: a flow that takes more accepted steps is stopped with an error.
       checkpoint: where to save the state as the run goes; a run that was killed goes on from there, bit for bit.
       progress: draws a progress bar.
@@ -148,7 +150,7 @@ def gradient_flow(
       >>> flow.params.round(6)
       Array([ 0.632121, -0.632121], dtype=float64)
     """
-    source = KernelSource(apply_fn, x_s, x_q, microbatch_size)
+    source = KernelSource(apply_fn, x_s, x_q, strategy)
     t0, t1, save_at = check_times(t0, t1, save_at)
     taken = {"t", "h", "loss", "error"} & set(observables or {})
     if taken:

@@ -13,8 +13,9 @@ import numpy as np
 from rich.console import Console, Group
 from rich.table import Table
 
-from entk import kernel_drift
+from entk import Structured, kernel_drift
 from entk._checks import check_apply
+from entk._ntk import Strategy
 from gramian._cells import Cell, four_cells
 from gramian._channel import Channel, ChannelRule, TraceShare, signal_channel
 from gramian._checkpoint import Checkpoint
@@ -238,7 +239,7 @@ def analyze(
     stepper: Stepper = ExponentialMidpoint(),
     controller: Controller = AdaptiveStep(),
     observables: Mapping[str, Observable] | None = None,
-    microbatch_size: int | None = None,
+    strategy: Strategy = Structured(),
     max_num_steps: int = 10_000,
     checkpoint: Checkpoint | None = None,
     progress: bool = False,
@@ -255,7 +256,7 @@ def analyze(
       clean_loss: the same loss with uncorrupted targets; splits signal from noise in the four cells.
       test_loss: the same loss with the targets of x_q; adds the test loss to the report. Nothing else sees them.
       rule: where the signal channel ends, `TraceShare(share)` or `AboveThreshold(threshold)`.
-      stepper, controller, microbatch_size, max_num_steps, checkpoint, progress: as in `gradient_flow`. The controller
+      stepper, controller, strategy, max_num_steps, checkpoint, progress: as in `gradient_flow`. The controller
         must be adaptive: the identities are compared with its aim.
       observables: more to record; `report.flow.history` holds it.
 
@@ -303,7 +304,7 @@ def analyze(
         controller=controller,
         observables={**standard, **(observables or {})},
         save_at=snapshots,
-        microbatch_size=microbatch_size,
+        strategy=strategy,
         max_num_steps=max_num_steps,
         checkpoint=checkpoint,
         progress=progress,

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from entk import empirical_ntk
+from entk import Structured, empirical_ntk
 from entk._jacobian import model_precision
+from entk._ntk import Strategy
 
 PyTree = Any
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["x_s", "x_q"], meta_fields=["apply_fn", "microbatch_size"])
+@partial(jax.tree_util.register_dataclass, data_fields=["x_s", "x_q"], meta_fields=["apply_fn", "strategy"])
 @dataclass(frozen=True)
 class KernelSource:
     """A model on its training and test points: outputs, K_SS, K_QS and the products with J and Jᵀ.
@@ -24,13 +25,13 @@ class KernelSource:
       apply_fn: pure function `(params, x) -> (n, c)` or `(n,)`.
       x_s: training inputs, n examples.
       x_q: test inputs, m examples, or None.
-      microbatch_size: examples whose Jacobians are held at once (see `entk.empirical_ntk`).
+      strategy: how kernels are computed, and in how much memory (see `entk.empirical_ntk`).
     """
 
     apply_fn: Any
     x_s: PyTree
     x_q: PyTree | None = None
-    microbatch_size: int | None = None
+    strategy: Strategy = Structured()
 
     def outputs(self, params: PyTree) -> tuple[Float[Array, "n c"], Float[Array, "m c"]]:
         """Training and test outputs; (0, c) without test points."""
@@ -38,13 +39,13 @@ class KernelSource:
         return u_s, u_s[:0] if self.x_q is None else self._rows(params, self.x_q)
 
     def k_ss(self, params: PyTree) -> Float[Array, "N N"]:
-        return empirical_ntk(self.apply_fn, params, self.x_s, microbatch_size=self.microbatch_size)
+        return empirical_ntk(self.apply_fn, params, self.x_s, strategy=self.strategy)
 
     def k_qs(self, params: PyTree) -> Float[Array, "M N"]:
         if self.x_q is None:
             n, c = jax.eval_shape(self._rows, params, self.x_s).shape
             return jax.numpy.zeros((0, n * c), jax.tree.leaves(params)[0].dtype)
-        return empirical_ntk(self.apply_fn, params, self.x_q, self.x_s, microbatch_size=self.microbatch_size)
+        return empirical_ntk(self.apply_fn, params, self.x_q, self.x_s, strategy=self.strategy)
 
     def pull(self, params: PyTree, v: Float[Array, " N"]) -> PyTree:
         """J_Sᵀ v, a pytree like params."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flow_problems import leaves_differ, mlp, problem, relative
 
+from entk import FullJacobian
 from gramian import (
     AdaptiveStep,
     ConstantStep,
@@ -121,10 +122,10 @@ def test_a_second_run_compiles_nothing():
     assert second <= 6 < first
 
 
-def test_microbatches_change_nothing_but_memory():
+def test_the_strategy_changes_nothing_but_cost():
     settings = {"t1": 0.5, "controller": ConstantStep(0.1)}
     whole = gradient_flow(*problem("softmax"), **settings)
-    parts = gradient_flow(*problem("softmax"), microbatch_size=2, **settings)
+    parts = gradient_flow(*problem("softmax"), strategy=FullJacobian(microbatch_size=2), **settings)
     assert relative((parts.params, parts.operators), (whole.params, whole.operators)) < 1e-12
 
 
