@@ -149,7 +149,7 @@ class PositionPairs:
 
 
 def _pairs(rows: Factors, columns: Factors, bias: bool, precision: lax.PrecisionLike) -> Array:
-    """Σ_{r,s} (A_i[r]·A_j[s] + bias) (Δ_i[a,r]·Δ_j[b,s]) for activations (n, R, inputs), cotangents (n, R, c, outputs)."""
+    """Σ_{r,s} (A_i[r]·A_j[s] + bias) (Δ_i[a,r]·Δ_j[b,s]): activations (n, R, inputs), cotangents (n, R, c, outputs)."""
     (n1, r1, c, outputs), (n2, r2) = rows.cotangent.shape, columns.cotangent.shape[:2]
     dtype = jnp.promote_types(rows.cotangent.dtype, jnp.float32)
     if r1 == r2 == 1:

@@ -103,7 +103,7 @@ class FactoredModel:
         self.parts = _divide(found if factor else None, self._leaves)
         self.residual_bytes, self.largest_bytes = _intermediates(found.scope.jaxpr)
 
-    def factors(self, x_i: PyTree) -> list[tuple[Factors, Factors | None] | Array]:
+    def factors(self, x_i: PyTree) -> list[tuple[Factors | None, Factors | None] | Array]:
         """Per part: factors of its uses and of its mirrored uses, or its (c, leaf size) Jacobian block."""
         uses = {use.index: use for part in self.parts for use in (*part.uses, *part.mirrored)}
         by_autodiff = [part.leaves[0] for part in self.parts if not part.uses]

@@ -107,7 +107,7 @@ class NtkOperator:
         """The matrix, by `empirical_ntk` and at its cost; MemoryError where it would not fit."""
 
         def form(apply_fn, params):
-            return empirical_ntk(apply_fn, params, self.x1, self.x2, microbatch_size=self.microbatch_size)
+            return empirical_ntk(apply_fn, params, self.x1, self.x2)
 
         if self.preconditioner is None:
             return form(self.apply_fn, self.params)
@@ -275,9 +275,7 @@ def _preconditioned_matrix(operator):
     def moved(steps, x):
         return operator.apply_fn(rebuild([w + r * s for w, r, s in zip(leaves, roots, steps, strict=True)]), x)
 
-    return empirical_ntk(
-        moved, [jnp.zeros_like(w) for w in leaves], operator.x1, operator.x2, microbatch_size=operator.microbatch_size
-    )
+    return empirical_ntk(moved, [jnp.zeros_like(w) for w in leaves], operator.x1, operator.x2)
 
 
 def _diagonal(operator):

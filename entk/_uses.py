@@ -113,7 +113,7 @@ class Use:
         first = lead + depth
         order = [*range(lead), *outer, first, *inner, *range(first + 1, first + 2 + tail)]
         groups, positions = self.total[:2]
-        shape = array.shape[:lead] + (groups, positions) + array.shape[first + 2 :]
+        shape = (*array.shape[:lead], groups, positions, *array.shape[first + 2 :])
         return array.transpose(order).reshape(shape)
 
 
@@ -173,7 +173,7 @@ class Conv(Use):
 
 @dataclass(frozen=True)
 class Lookup(Use):
-    """Rows of a table taken by index: the activation is one-hot and kept as its index, -1 for a row outside the table."""
+    """Rows of a table taken by index: the activation is one-hot and kept as its index, -1 for none of the rows."""
 
     mode: Any = None
 
@@ -232,7 +232,7 @@ class Uses:
             self.opaque.setdefault((value.view if isinstance(value, Spread) else value).leaf, reason)
 
     def _walk(self, jaxpr, consts, views, loops) -> tuple[Scope, list[Any], list[Any]]:
-        """Annotates one jaxpr; `views` says what its variables are. Returns what its outputs are: views, or uses' results.
+        """Annotates one jaxpr; `views` says what its variables are. Returns which outputs are views or uses' results.
 
         A use's result counts as such while nothing else reads it: a bias added to it then has the same cotangent.
         """
