@@ -67,7 +67,10 @@ def remarks(done: dict[str, Any]) -> str:
     if shares:
         listed = ", ".join(f"{title} {share:.0%}" for title, share in shares)
         rate = peak["operations_per_second"] / 1e9
-        said.append(f"Share of the core's {rate:.0f} GFLOP/s (square matrix product) that entk reaches: {listed}.")
+        said.append(
+            f"Share that entk reaches of the {rate:.0f} GFLOP/s of a large matrix product, counting the contractions' "
+            f"operations and not the differentiation: {listed}."
+        )
     big = done["largest"]
     if "seconds" in big:
         said.append(

@@ -217,7 +217,7 @@ def _jobs(
             for value in values:
                 yield f"growth: {what} = {value}", partial(_point, network(value), points, value)
     if "largest" in settings.parts:
-        budget = 2.0**16 if settings.smoke else settings.largest * 2**30
+        budget = 2.0**24 if settings.smoke else settings.largest * 2**30
         yield "largest: kernel of an MLP", partial(_largest, done["largest"], networks["mlp"], budget)
 
 
@@ -259,23 +259,24 @@ def _largest(record: dict[str, Any], network: Network, budget: float, bench: Ben
         return
     c = network.sizes["widths"][-1]
     record |= {"title": network.title, "c": c, "stopped": []}
-    for share in (1.0, 0.85, 0.7):  # what the plan does not foresee may end the first tries
-        allowed = share * min(budget, psutil.virtual_memory().available - 2 * RESERVE)
+    budget = min(budget, psutil.virtual_memory().available - 2 * RESERVE)
+    for share in (1.0, 0.8, 0.6, 0.45):  # what the plan does not foresee may end the first tries
+        allowed = share * budget
         bench.status(f"largest kernel in {allowed / 2**30:.1f} GiB")
         network = network._replace(n=math.isqrt(int(allowed) // 4) // c)  # of which the kernel alone fills it
         try:
-            run = _one_call(bench, {**bench.spec(network), "budget": allowed})
+            run = _one_call(bench, {**bench.spec(network), "budget": allowed}, budget + RESERVE)
         except Stopped as stopped:
             record["stopped"].append({"budget_bytes": allowed, "reason": str(stopped)})
             bench.say(f"  {allowed / 2**30:.1f} GiB: {escape(str(stopped))}")
             continue
-        record |= {"budget_bytes": allowed, **run}
+        record |= {"budget_bytes": budget, **run}
         bench.say(f"  N = {run['n'] * c:,}: {run['seconds']:.3g} s, {run['peak_bytes'] / 2**30:.3g} GiB")
         return
 
 
-def _one_call(bench: Bench, spec: dict[str, Any]) -> dict[str, Any]:
-    worker = bench.start(LARGEST, spec, all_cores())
+def _one_call(bench: Bench, spec: dict[str, Any], memory: float) -> dict[str, Any]:
+    worker = bench.start(LARGEST, spec, all_cores(), memory)
     try:
         return {**worker.facts, **worker.call(10 * bench.limit)}
     finally:

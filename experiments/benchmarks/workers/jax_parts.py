@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from _protocol import load, serve, spec  # isort: skip  (pins the process before JAX counts its cores)
 
+import bisect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,17 +26,23 @@ def largest():
     from entk import empirical_ntk, plan  # pyright: ignore[reportAttributeAccessIssue]
 
     apply, w, x = _network()
-    fits, too_many = 1, len(x) + 1
-    while too_many - fits > 1:
-        n = (fits + too_many) // 2
-        if plan(apply, w, x[:n], None).bytes <= spec["budget"]:
-            fits = n
-        else:
-            too_many = n
-    x = x[:fits]
-    planned = plan(apply, w, x, None)
-    facts = {"n": fits, "operations": planned.operations, "bytes": planned.bytes}
-    return (lambda: empirical_ntk(apply, w, x)), facts
+
+    def planned(n):
+        try:
+            return plan(apply, w, x[:n])
+        except MemoryError:
+            return None
+
+    def fits(n):
+        made = planned(n)
+        return made is not None and made.bytes <= spec["budget"]
+
+    n = bisect.bisect_left(range(1, len(x) + 1), True, key=lambda n: not fits(n))
+    made = planned(n) if n else None
+    if made is None:
+        raise MemoryError(f"not even one example fits a budget of {spec['budget']:,.0f} bytes; raise it.")
+    points = x[:n]
+    return (lambda: empirical_ntk(apply, w, points)), {"n": n, "operations": made.operations, "bytes": made.bytes}
 
 
 def batch_gradient():
