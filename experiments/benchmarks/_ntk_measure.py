@@ -90,6 +90,8 @@ def measure(bench: Bench, network: Network, contenders: Sequence[Contender], rec
     missing = [contender for contender in contenders if contender.name not in record["alone"]]
     chosen = _chosen(record, contenders)
     if not missing and (not chosen or len(record["rounds"]) >= bench.repeats):
+        other = "" if record["sources"] == bench.sources else ", with other sources of entk: --fresh measures anew"
+        bench.say(f"  measured before{other}")
         return
     spec = bench.spec(network)
     try:
