@@ -1,4 +1,4 @@
-"""One-line recipes: a model of each library as `apply_fn(params, x)`.
+"""One-line recipes: a model of each library as `apply_fn(params, x)`. And the zoo: models of every kind.
 
 Each recipe function holds what a user types. It is checked twice: its kernel, which does not depend on the order of the
 parameters, against NumPy's for the same weights; its Jacobian against finite differences, which see the order too.
@@ -14,8 +14,10 @@ import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 from mlp_oracle import assert_close, batch, kernel_by_hand
+from model_zoo import ZOO
 
 from entk import empirical_ntk, jacobian, ntk_vector_product
+from entk._params import differentiable
 
 X = batch(0, 5)
 
@@ -192,3 +194,69 @@ def test_an_equinox_model_passed_whole_is_told_to_partition():
     model = eqx.nn.MLP(3, 2, 4, depth=1, dtype=jnp.float64, key=jax.random.key(0))
     with pytest.raises(TypeError, match=r"params\.activation is .*, not an array: .*equinox\.partition"):
         jacobian(lambda model, x: jax.vmap(model)(x), model, X)
+
+
+# ------------------------------------------------------------------------------------------------------------- the zoo
+
+ROUNDED = {"nnx_attention", "weight_cast"}  # to float32 on the way, as small steps would show
+UNSEEN = {"frozen_parameters", "weight_through_bfloat16"}  # where the derivative asked for is not that of the values
+SYMMETRIC_BLOCKS = {"linear_without_bias", "one_output_without_an_axis"}
+
+
+@pytest.fixture
+def quick_compilation():
+    """79 programs are compiled to be run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("model", ZOO, ids=lambda model: model.name)
+def test_zoo(model):
+    """The Jacobian along a direction is the slope of the outputs; and the model is one on which faults show."""
+    apply_fn, params, x1, x2 = model.build()
+    x = jax.tree.map(lambda a, b: np.concatenate([a, b]), x1, x2)
+    leaves, rebuild = differentiable(params)
+    direction = [np.random.default_rng(i).normal(size=leaf.shape) for i, leaf in enumerate(leaves)]
+    step, tolerance = (1e-3, 1e-3) if model.name in ROUNDED else (1e-6, 1e-7)
+
+    def outputs(leaves):
+        return apply_fn(rebuild(leaves), x).reshape(7, -1)
+
+    @jax.jit  # one program for everything
+    def compute(leaves):
+        if model.name in UNSEEN:
+            slope = jax.jvp(outputs, (leaves,), (direction,))[1]
+        else:
+            ahead, behind = (
+                [w + sign * step * dw for w, dw in zip(leaves, direction, strict=True)] for sign in (1, -1)
+            )
+            slope = (outputs(ahead) - outputs(behind)) / (2 * step)
+        return jacobian(apply_fn, rebuild(leaves), x), slope
+
+    jac, slope = map(np.asarray, compute(leaves))
+    n, c, p = jac.shape
+    along = jac @ np.concatenate([leaf.ravel() for leaf in direction])
+    assert_close(along, slope, 1e-2 if "bfloat16" in model.name else tolerance)
+    assert n == 7
+    assert c <= 5
+    assert p <= 2000
+    assert len({row.tobytes() for row in jac}) == 7
+    kernel = np.einsum("iap,jbp->iajb", jac[:3], jac[3:])
+    asymmetry = np.abs(kernel - kernel.swapaxes(1, 3)).max() / np.abs(kernel).max()
+    assert (asymmetry > 1e-3) == (model.name not in SYMMETRIC_BLOCKS)
+
+
+def test_the_zoo_is_the_same_every_time_and_of_the_dtype_asked_for():
+    assert len({model.name for model in ZOO}) == len(ZOO)
+    for model in ZOO:
+        (apply_fn, *first), (_, *second) = (model.build(jnp.float32) for _ in range(2))
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+            assert a.dtype == b.dtype
+            if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+                np.testing.assert_array_equal(a, b)
+                assert a.dtype in (jnp.float32, jnp.int32, jnp.int64, jnp.bool)
+        params, x1, x2 = first
+        assert jax.eval_shape(apply_fn, params, x1).dtype == jnp.float32
+        assert (len(jax.tree.leaves(x1)[0]), len(jax.tree.leaves(x2)[0])) == (3, 4)
