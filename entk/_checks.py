@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import psutil
 
+from entk._cgroup import cgroup_headroom
 from entk._independence import check_independent
 from entk._params import differentiable
 
@@ -176,11 +177,11 @@ def check_microbatch_size(microbatch_size: int | None) -> int | None:
 
 
 def available_bytes() -> int:
-    """Memory that this process's first device can still give, in bytes."""
+    """Memory in bytes that this process's first device can still give; for a CPU, what a container's limit leaves."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return psutil.virtual_memory().available
+    return int(min(psutil.virtual_memory().available, cgroup_headroom()))
 
 
 def check_fits(num_bytes: int, what: str, remedy: str) -> None:

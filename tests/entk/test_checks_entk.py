@@ -1,6 +1,7 @@
 """What is asked of a model before a kernel is formed: examples that do not see each other, and memory."""
 
 import functools
+import math
 
 import equinox as eqx
 import flax.linen as nn
@@ -14,6 +15,7 @@ from mlp_oracle import apply_fn, batch, init
 import entk._checks
 import entk._independence
 from entk import empirical_ntk, jacobian, ntk_vector_product
+from entk._cgroup import cgroup_headroom
 from entk._checks import check_apply
 
 PARAMS, X = init(0), batch(0, 5)
@@ -417,3 +419,73 @@ def test_an_equinox_model_and_a_bound_method_are_checked_once(runs):
     for _ in range(2):
         check_apply(linen.apply, variables, X)
     assert len(runs) == 2
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+VERSION_2 = {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 500\ninactive_file 40\nfile 200\n"}
+VERSION_1 = {
+    "memory.limit_in_bytes": "1000\n",
+    "memory.usage_in_bytes": "700\n",
+    "memory.stat": "inactive_file 7\ntotal_inactive_file 40\n",
+}
+
+
+def groups(root, membership, **folders):
+    """Files as the kernel shows them; `__` in a folder's name is a slash."""
+    for folder, files in folders.items():
+        path = root / "mount" / folder.replace("__", "/").strip("/")
+        path.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (path / name).write_text(text)
+    (root / "membership").write_text(membership)
+    return cgroup_headroom(root / "mount", root / "membership")
+
+
+@pytest.mark.parametrize(
+    ("membership", "folders", "headroom"),
+    [
+        ("0::/job/step", {"job__step": VERSION_2}, 340),
+        ("0::/job/step", {"job": VERSION_2}, 340),  # a limit of the group above
+        ("0::/job/step", {"job": VERSION_2 | {"memory.max": "720"}, "job__step": VERSION_2}, 60),
+        ("0::/", {"": VERSION_2}, 340),  # within a container
+        ("0::/docker/of/the/host", {"": VERSION_2}, 340),
+        ("0::/../../outside", {"": VERSION_2}, 340),
+        ("0::/other", {"job": VERSION_2}, math.inf),
+        ("0::/job", {"job": VERSION_2 | {"memory.max": "max\n"}}, math.inf),
+        ("0::/job", {"job": VERSION_2 | {"memory.stat": "anon 1"}}, 300),
+        ("0::/job", {"job": VERSION_2 | {"memory.current": "2000", "memory.stat": ""}}, 0),
+        ("0::/job", {"job": {"memory.max": "1000"}}, math.inf),
+        ("3:cpu:/job\n4:memory:/job\n0::/", {"memory__job": VERSION_1, "cpu__job": {}}, 340),
+        ("4:cpu,memory:/job:with:colons", {"memory__job:with:colons": VERSION_1}, 340),
+        ("4:memory:/of/the/host", {"memory": VERSION_1}, 340),
+        (
+            "4:memory:/job",
+            {"memory__job": VERSION_1 | {"memory.limit_in_bytes": str(2**63 - 4096)}},
+            2**63 - 4096 - 660,
+        ),
+        ("4:cpuset:/job\n1:name=systemd:/", {"memory__job": VERSION_1}, math.inf),
+        ("", {"": VERSION_2}, math.inf),
+        ("nonsense\n\n0::/job", {"job": VERSION_2}, 340),
+        ("nonsense", {"": VERSION_2}, math.inf),
+        ("0::/job", {"..": VERSION_2}, math.inf),  # above what is mounted
+    ],
+)
+def test_memory_that_control_groups_leave(tmp_path, membership, folders, headroom):
+    assert groups(tmp_path, membership, **folders) == headroom
+
+
+def test_no_control_groups_at_all(tmp_path):
+    assert cgroup_headroom(tmp_path / "none", tmp_path / "none either") == math.inf
+    assert cgroup_headroom() > 2**20  # those of this process
+
+
+def test_the_smaller_of_machine_and_control_group_is_available(monkeypatch):
+    whole = entk._checks.available_bytes()
+    monkeypatch.setattr(entk._checks, "cgroup_headroom", lambda: 12345)
+    if jax.default_backend() == "cpu":
+        assert entk._checks.available_bytes() == 12345
+        with pytest.raises(MemoryError, match=r"takes .* GiB and 0\.0 GiB are available"):
+            jacobian(apply_fn, PARAMS, batch(0, 1000))
+    monkeypatch.setattr(entk._checks, "cgroup_headroom", lambda: math.inf)
+    assert entk._checks.available_bytes() > whole / 2
