@@ -2,6 +2,9 @@
 
 import functools
 import math
+import os
+import subprocess
+import sys
 
 import equinox as eqx
 import flax.linen as nn
@@ -403,6 +406,42 @@ def test_what_is_remembered_is_bounded():
         for _ in range(entk._independence.MAX_PASSED):
             entk._independence._remember(object())
         assert len(entk._independence._PASSED) == entk._independence.MAX_PASSED
+
+
+ON_EIGHT_DEVICES = """
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from entk import jacobian
+from entk._independence import _largest_change
+
+def model(w, x):
+    return jax.numpy.tanh(x @ w)
+
+def mixing(w, x):
+    return model(w, x - x.mean(0))
+
+w, x = np.eye(8, dtype=np.float32), np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(kind,))
+    w_all, x_rows = (jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in ((w, P()), (x, P("i"))))
+    with jax.set_mesh(mesh):
+        assert jacobian(model, w_all, x_rows).shape == (16, 8, 64)
+    print(*(_largest_change(f, w_all, x_rows) for f in (model, mixing) if kind == AxisType.Auto))
+print(*(_largest_change(f, jax.device_put(w, jax.devices()[3]), x) for f in (model, mixing)))
+"""
+
+
+def test_arrays_over_several_devices():
+    """Where rows cannot be taken out of x, as with an explicit sharding, nothing is checked."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", ON_EIGHT_DEVICES], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    by_rows, explicit, by_device = (list(map(float, line.split())) for line in run.stdout.splitlines())
+    assert by_rows[0] == by_device[0] == 0 < by_rows[1]
+    assert by_rows[1] == pytest.approx(by_device[1], rel=1e-5)
+    assert not explicit
 
 
 def test_an_equinox_model_and_a_bound_method_are_checked_once(runs):
