@@ -85,8 +85,7 @@ def jacobian(
     check_fits(
         held * c * p * spec.dtype.itemsize,
         f"forming the {n} x {c} x {p:,} {spec.dtype} Jacobian (of {n * c * p * spec.dtype.itemsize / 2**30:,.1f} GiB)",
-        "Use empirical_ntk(..., microbatch_size=...), which never holds all of it, or ntk_vector_product, which holds "
-        "none of it.",
+        "Use empirical_ntk, which never holds all of it, or ntk_vector_product, which holds none of it.",
     )
     return _jacobian(apply_fn, params, x, microbatch_size)
 

@@ -23,7 +23,7 @@ from mlp_oracle import (
 
 import entk._checks
 import entk._jacobian
-from entk import empirical_ntk, jacobian, ntk_vector_product
+from entk import FullJacobian, Structured, empirical_ntk, jacobian, ntk_vector_product
 
 # ---------------------------------------------------------------------------------------------------- right numbers
 
@@ -139,8 +139,9 @@ def test_integers_booleans_and_random_keys_are_constants(microbatch_size):
     assert_close(jacobian(scaled_model, params | constants, x, microbatch_size=microbatch_size), expected)
     other = jacobian(scaled_model, params | constants | {"index": np.array(0)}, x, microbatch_size=microbatch_size)
     assert (np.asarray(other)[..., 2:4] == 0).all()
-    kernel = empirical_ntk(scaled_model, params | constants, x, microbatch_size=microbatch_size)
-    assert_close(kernel, expected.reshape(8, 10) @ expected.reshape(8, 10).T)
+    for strategy in (Structured(), FullJacobian(microbatch_size=microbatch_size)):
+        kernel = empirical_ntk(scaled_model, params | constants, x, strategy=strategy)
+        assert_close(kernel, expected.reshape(8, 10) @ expected.reshape(8, 10).T)
 
 
 def test_constants_do_not_count_as_parameters():
@@ -183,7 +184,8 @@ def test_outputs_of_any_trailing_shape_are_flattened_by_rows(shape, microbatch_s
 
     jac = jacobian(model, params, x, microbatch_size=microbatch_size)
     assert_close(jac, jacobian_by_hand(params, x))
-    assert_close(empirical_ntk(model, params, x, microbatch_size=microbatch_size), kernel_by_hand(params, x, x))
+    for strategy in (Structured(), FullJacobian(microbatch_size=microbatch_size)):
+        assert_close(empirical_ntk(model, params, x, strategy=strategy), kernel_by_hand(params, x, x))
     assert_close(ntk_vector_product(model, params, np.arange(30.0), x), kernel_by_hand(params, x, x) @ np.arange(30.0))
 
 
@@ -311,7 +313,8 @@ def test_a_second_call_neither_traces_nor_compiles(caplog):
         caplog.clear()
         with jax.log_compiles():
             jacobian(model, params, x, microbatch_size=2)
-            empirical_ntk(model, params, x, microbatch_size=2)
+            empirical_ntk(model, params, x)
+            empirical_ntk(model, params, x, strategy=FullJacobian(microbatch_size=2))
             ntk_vector_product(model, params, np.ones(10), x)
         return [record for record in caplog.records if "Compiling" in record.getMessage()]
 
@@ -444,7 +447,7 @@ def test_bad_microbatch_sizes(microbatch_size):
     with pytest.raises(ValueError, match=message):
         jacobian(apply_fn, PARAMS, X, microbatch_size=microbatch_size)
     with pytest.raises(ValueError, match=message):
-        empirical_ntk(apply_fn, PARAMS, X, microbatch_size=microbatch_size)
+        FullJacobian(microbatch_size=microbatch_size)
 
 
 def test_bad_input_is_refused_under_jit_too():
@@ -470,12 +473,12 @@ def test_a_jacobian_of_512_x_10_x_1M_is_refused_before_memory_is_spent(monkeypat
     before = peak_bytes()
     message = (
         r"512 x 10 x 1,000,000 float64 Jacobian \(of 38\.1 GiB\) takes 76\.3 GiB and 32\.0 GiB are available\. "
-        r"Use empirical_ntk\(.*microbatch_size=.*ntk_vector_product"
+        r"Use empirical_ntk, .*, or ntk_vector_product"
     )
     with pytest.raises(MemoryError, match=message):
         jacobian(lookup, table, rows)
     with pytest.raises(MemoryError, match=r"holding 512 x 10 x 1,000,000 .* smaller microbatch_size, or .*vector_prod"):
-        empirical_ntk(lookup, table, rows)
+        empirical_ntk(lookup, table, rows, strategy=FullJacobian())
     assert peak_bytes() - before < 2**28
 
 

@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from mlp_oracle import assert_close, batch, kernel_by_hand
 from model_zoo import ZOO
 
-from entk import empirical_ntk, jacobian, ntk_vector_product
+from entk import FullJacobian, empirical_ntk, jacobian, ntk_vector_product
 from entk._params import differentiable
 
 X = batch(0, 5)
@@ -132,7 +132,7 @@ def test_recipe(recipe):
     arrays = jax.tree.map(np.asarray, arrays)
     kernel = kernel_by_hand(arrays, X, X)
     assert_close(empirical_ntk(apply_fn, params, X), kernel)
-    assert_close(empirical_ntk(apply_fn, params, X, microbatch_size=2), kernel)
+    assert_close(empirical_ntk(apply_fn, params, X, strategy=FullJacobian(microbatch_size=2)), kernel)
     assert_close(ntk_vector_product(apply_fn, params, np.arange(10.0), X), kernel @ np.arange(10.0))
     assert_close(jacobian(apply_fn, params, X), finite_differences(apply_fn, params, X), 1e-8)
 
