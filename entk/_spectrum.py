@@ -105,20 +105,21 @@ def top_eigenpairs(
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
 def _block_lanczos(matvec, key, size, dtype, rank, block_size, num_steps):
-    width, keys = block_size * num_steps, jax.random.split(key, num_steps + 1)
+    width, keys = block_size * num_steps, jax.random.split(key, num_steps)
 
     def step(k, state):
-        basis, projected, block = state
+        basis, projected, remainder = state
+        block = _orthonormal(remainder, basis, keys[k])
         basis = jax.lax.dynamic_update_slice(basis, block, (0, k * block_size))
         image = matvec(block)
         coefficients = basis.T @ image
         projected = jax.lax.dynamic_update_slice(projected, coefficients, (0, k * block_size))
-        return basis, projected, _orthonormal(image - basis @ coefficients, basis, keys[k])
+        return basis, projected, image - basis @ coefficients
 
     with model_precision():
-        empty = jnp.zeros((size, width), dtype)
-        start = jnp.linalg.qr(jax.random.normal(keys[num_steps], (size, block_size), dtype))[0]
-        basis, projected, _ = jax.lax.fori_loop(0, num_steps, step, (empty, jnp.zeros((width, width), dtype), start))
+        shapes = (size, width), (width, width), (size, block_size)
+        start = tuple(jnp.zeros(shape, dtype) for shape in shapes)  # no remainder: the first block is random
+        basis, projected, _ = jax.lax.fori_loop(0, num_steps, step, start)
         # Column k was taken when the basis ended with block k: below the diagonal blocks it is empty.
         values, vectors = jnp.linalg.eigh(jnp.triu(projected) + jnp.triu(projected, 1).T)
         return _with_residuals(matvec, values[::-1][:rank], basis @ vectors[:, ::-1][:, :rank])
