@@ -47,25 +47,25 @@ def largest():
 
 def batch_gradient():
     """One plain gradient of the mean loss: the unit of the others' cost."""
-    apply, w, x = _network()
-    y = _labels(x)
-    gradient = jax.jit(jax.grad(lambda w, x, y: _losses(apply(w, x), y).mean()))
-    return (lambda: gradient(w, x, y)), {}
+    losses, w, batch = _training()
+    gradient = jax.jit(jax.grad(lambda w, batch: losses(w, batch).mean()))
+    return (lambda: gradient(w, batch)), {}
 
 
 def gradient_moments():
-    from entk import gradient_moments  # pyright: ignore[reportAttributeAccessIssue]
+    import entk
 
-    apply, w, x = _network()
-    example_loss = _example_loss(apply)
-    batch = (x, _labels(x))
-    return (lambda: gradient_moments(example_loss, w, batch)), {}
+    losses, w, batch = _training()
+    moments = entk.gradient_moments  # pyright: ignore[reportAttributeAccessIssue]
+    return (lambda: moments(losses, w, batch)), {}
 
 
 def vmap_grad():
     """What one writes without a library: every example's gradient, then their moments."""
-    apply, w, x = _network()
-    example_loss = _example_loss(apply)
+    losses, w, batch = _training()
+
+    def example_loss(w, example):
+        return losses(w, jax.tree_util.tree_map(lambda leaf: leaf[None], example))[0]
 
     @jax.jit
     def moments(w, batch):
@@ -73,7 +73,6 @@ def vmap_grad():
         mean = jax.tree_util.tree_map(lambda g: g.mean(0), gradients)
         return mean, jax.tree_util.tree_map(lambda g, m: ((g - m) ** 2).sum(0), gradients, mean)
 
-    batch = (x, _labels(x))
     return (lambda: moments(w, batch)), {}
 
 
@@ -92,20 +91,16 @@ def _network():
     return FAMILIES[spec["family"]](**spec["sizes"]), w, jnp.asarray(arrays["x"])
 
 
-def _labels(x):
-    return jnp.arange(len(x)) % 10
+def _training():
+    """Cross-entropy of every example, weights, and a batch of inputs and labels."""
+    apply, w, x = _network()
 
+    def losses(w, batch):
+        x, y = batch
+        outputs = apply(w, x)
+        return jax.nn.logsumexp(outputs, axis=-1) - jnp.take_along_axis(outputs, y[:, None], axis=-1)[:, 0]
 
-def _losses(outputs, y):
-    return jax.nn.logsumexp(outputs, axis=-1) - jnp.take_along_axis(outputs, y[:, None], axis=-1)[:, 0]
-
-
-def _example_loss(apply):
-    def example_loss(w, example):
-        x, y = example
-        return _losses(apply(w, x[None]), y[None])[0]
-
-    return example_loss
+    return losses, w, (x, jnp.arange(len(x)) % jax.eval_shape(apply, w, x).shape[-1])
 
 
 def mean_gradient(result):
