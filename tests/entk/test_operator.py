@@ -17,7 +17,7 @@ from entk import NtkOperator, ntk_vector_product
 
 PARAMS, X_S, X_Q = init(0), batch(0, 6), batch(1, 4)
 K_SS, K_QS = kernel_by_hand(PARAMS, X_S, X_S), kernel_by_hand(PARAMS, X_Q, X_S)
-SIZES = [None, 1, 2, 4, 6, 1000]  # for n = 6 and m = 4: divisors, remainders, all, more
+SIZES = [1, 4, 6, 1000]  # for n = 6 and m = 4: divisors, remainders, all, more
 
 
 def diagonal(seed, params=PARAMS):
@@ -47,10 +47,9 @@ def normal(*shape, seed=5):
 # ------------------------------------------------------------------------------------------------------- the operator
 
 
-@pytest.mark.parametrize("columns", [(), (3,)])
 @pytest.mark.parametrize(
-    ("x1", "x2", "preconditioner", "kernel"),
-    [(X_S, None, None, K_SS), (X_Q, X_S, None, K_QS), (X_S, None, M, KM_SS), (X_Q, X_S, M, KM_QS)],
+    ("x1", "x2", "preconditioner", "kernel", "columns"),
+    [(X_S, None, None, K_SS, ()), (X_Q, X_S, None, K_QS, (3,)), (X_S, None, M, KM_SS, (3,)), (X_Q, X_S, M, KM_QS, ())],
     ids=["K_SS", "K_QS", "KM_SS", "KM_QS"],
 )
 def test_products_with_the_operator_are_those_of_the_matrix(x1, x2, preconditioner, kernel, columns):
@@ -91,7 +90,7 @@ def test_the_symmetric_operator_is_its_own_transpose():
     assert_close(k.as_matrix(), k.as_matrix().T, 1e-14)
 
 
-@pytest.mark.parametrize(("microbatch_size", "probe_batch_size"), [(None, 2), (4, 1), (4, 3), (1, 5), (9, 9)])  # r = 5
+@pytest.mark.parametrize(("microbatch_size", "probe_batch_size"), [(None, 2), (4, 3), (1, 9)])  # r = 5
 def test_probes_and_examples_in_blocks_with_remainders(microbatch_size, probe_batch_size):
     k = operator(preconditioner=M, microbatch_size=microbatch_size, probe_batch_size=probe_batch_size)
     assert_close(k.mv(normal(12, 5)), KM_QS @ normal(12, 5))
@@ -110,9 +109,7 @@ def test_probes_in_blocks_hold_less():
     assert held[1] < held[0] / 4
 
 
-@pytest.mark.parametrize(
-    ("microbatch_size", "probe_batch_size", "preconditioned"), [(None, None, True), (2, None, False), (2, 8, True)]
-)
+@pytest.mark.parametrize(("microbatch_size", "probe_batch_size", "preconditioned"), [(None, None, True), (2, 8, False)])
 def test_the_memory_foreseen_is_the_memory_the_program_takes(
     monkeypatch, microbatch_size, probe_batch_size, preconditioned
 ):
@@ -134,7 +131,7 @@ def test_the_memory_foreseen_is_the_memory_the_program_takes(
     assert account.temp_size_in_bytes / 1.5 < foreseen[0] < 1.5 * account.temp_size_in_bytes
 
 
-@pytest.mark.parametrize("columns", [(), (1,), (3,), (0,)])
+@pytest.mark.parametrize("columns", [(), (3,), (0,)])
 @pytest.mark.parametrize("x2", [None, X_S])
 def test_the_product_is_that_of_the_matrix(columns, x2):
     kernel, x1 = (K_SS, X_S) if x2 is None else (K_QS, X_Q)
@@ -159,10 +156,6 @@ def test_the_product_in_blocks_holds_less():
     assert held[1] < held[0] / 2
 
 
-def test_products_with_unit_vectors_are_the_columns():
-    assert_close(ntk_vector_product(apply_fn, PARAMS, np.eye(12), X_Q, X_S), K_QS)
-
-
 def test_the_product_of_more_examples_than_a_matrix_would_hold():
     """N = 400,000: K would take 1.2 TiB."""
     x = normal(400_000, 3)
@@ -173,7 +166,7 @@ def test_the_product_of_more_examples_than_a_matrix_would_hold():
         k.as_matrix()
 
 
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(
     seed=st.integers(0, 2**31),
     n=st.integers(1, 6),
@@ -205,14 +198,13 @@ def test_any_shape(seed, n, m, c, microbatch_size, probe_batch_size, r, precondi
     assert np.abs(product - expected @ vector).max() <= 1e-12 * scale * (1 + flat.max()) * np.linalg.norm(vector)
 
 
-@pytest.mark.parametrize("microbatch_size", [None, 4])
-def test_outputs_of_two_axes_are_flattened_by_rows(microbatch_size):
+def test_outputs_of_two_axes_are_flattened_by_rows():
     def model(params, x):
         return apply_fn(params, x).reshape(-1, 2, 3)
 
     params = init(3, outputs=6)
     preconditioner, flat = diagonal(3, params)
-    k = NtkOperator(model, params, X_Q, X_S, preconditioner=preconditioner, microbatch_size=microbatch_size)
+    k = NtkOperator(model, params, X_Q, X_S, preconditioner=preconditioner, microbatch_size=4)
     expected = preconditioned_by_hand(params, flat, X_Q, X_S)
     assert k.shape == (24, 36)
     assert_close(k.mv(normal(36)), expected @ normal(36))
@@ -327,19 +319,18 @@ def test_other_arrays_of_the_same_shapes_neither_trace_nor_compile(caplog):
     assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
 
 
-@pytest.mark.parametrize("x2", [None, X_S])
-@pytest.mark.parametrize("preconditioner", [None, M])
-def test_through_a_pytree_and_back(x2, preconditioner):
-    k = operator(X_S, x2, preconditioner=preconditioner, microbatch_size=4, probe_batch_size=2)
+def test_through_a_pytree_and_back():
+    k = operator(preconditioner=M, microbatch_size=4, probe_batch_size=2)
     leaves, treedef = jax.tree.flatten(k)
-    assert len(leaves) == 4 + 1 + (x2 is not None) + 4 * (preconditioner is not None)
+    assert len(leaves) == 4 + 2 + 4
+    assert len(jax.tree.leaves(operator(X_S, None))) == 4 + 1
     again = jax.tree.unflatten(treedef, leaves)
     assert again.shape == k.shape
     assert (again.microbatch_size, again.probe_batch_size) == (4, 2)
     np.testing.assert_array_equal(again.mv(normal(12, 3)), k.mv(normal(12, 3)))
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(k)]
-    assert paths[:5] == [*(f".params['{name}']" for name in sorted(PARAMS)), ".x1"]
-    assert jax.tree.structure(k) != jax.tree.structure(operator(X_S, x2, preconditioner=preconditioner))
+    assert paths[:6] == [*(f".params['{name}']" for name in sorted(PARAMS)), ".x1", ".x2"]
+    assert jax.tree.structure(k) != jax.tree.structure(operator(preconditioner=M))
 
 
 def test_it_says_what_it_is():
@@ -461,13 +452,14 @@ def test_bad_sizes(size):
 def test_memory_foreseen(monkeypatch, probe_batch_size, microbatch_size, copies):
     """One byte less than the copies of the 26 parameters take is refused, and as much is not."""
     k = operator(probe_batch_size=probe_batch_size, microbatch_size=microbatch_size)
+    monkeypatch.setattr(entk._operator, "_product", lambda k, vector: vector)
     monkeypatch.setattr(entk._checks, "available_bytes", lambda: 8 * 26 * copies - 1)
     with pytest.raises(
         MemoryError, match=r"pushing \d probes at once through 26 float64 .*Pass a smaller probe_batch_size"
     ):
         k.mv(np.ones((12, 5)))
     monkeypatch.setattr(entk._checks, "available_bytes", lambda: 8 * 26 * copies)
-    assert k.mv(np.ones((12, 5))).shape == (8, 5)
+    k.mv(np.ones((12, 5)))
 
 
 @pytest.mark.parametrize("preconditioner", [None, M])
