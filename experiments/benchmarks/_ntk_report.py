@@ -75,8 +75,8 @@ def remarks(done: dict[str, Any]) -> str:
     if "seconds" in big:
         said.append(
             f"Largest kernel within {big['budget_bytes'] / GIB:.1f} GiB: N = n·c = {big['n'] * big['c']:,} "
-            f"({big['title']}), {_number(big['seconds'])} s on {done['machine']['cores']} cores with compilation, peak "
-            f"{big['peak_bytes'] / GIB:.1f} GiB."
+            f"({big['title']}), {_number(big['seconds'])} s on {done['machine']['cores']} cores with compilation, the "
+            f"process holding {big['held_bytes'] / GIB:.1f} GiB."
         )
     return " ".join(said)
 
@@ -178,7 +178,7 @@ def _shares(done: dict[str, Any]) -> Iterator[tuple[str, float]]:
     rate = done["peak"]["one core"]["operations_per_second"]
     name = KERNELS[0].name
     for record in done["models"].values():
-        operations = record.get("alone", {}).get(name, {}).get("operations")
+        operations = record.get("plan", {}).get("operations")
         seconds = median_seconds(record, name)
         if operations and seconds:
             yield record["title"], operations / seconds / rate
@@ -196,9 +196,8 @@ def _network(record: dict[str, Any]) -> str:
 def _number(value: float) -> str:
     """Three significant digits, and no exponents."""
     value = float(f"{value:.3g}")
-    if value >= 100 or value == 0:
-        return f"{value:,.0f}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+    magnitude = math.floor(math.log10(abs(value))) if value else 2
+    return f"{value:,.{max(0, 2 - magnitude)}f}"
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> str:

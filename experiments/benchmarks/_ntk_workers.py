@@ -64,7 +64,7 @@ KERNELS = (
     ),
 )
 MOMENTS = tuple(Contender(name, name, "jax_parts.py") for name in ("batch gradient", "gradient_moments", "vmap(grad)"))
-MATMUL, LARGEST = (Contender(name, name, "jax_parts.py") for name in ("matmul", "largest"))
+MATMUL, PLAN, LARGEST = (Contender(name, name, "jax_parts.py") for name in ("matmul", "plan", "largest"))
 
 
 def default_folder() -> Path:

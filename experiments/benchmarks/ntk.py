@@ -39,6 +39,7 @@ from experiments.benchmarks._ntk_workers import (
     MATMUL,
     MOMENTS,
     PEERS,
+    PLAN,
     RESERVE,
     Contender,
     Stopped,
@@ -204,7 +205,7 @@ def _jobs(
     if "models" in settings.parts:
         for name in settings.networks:
             record = done["models"].setdefault(name, {})
-            yield f"models: {networks[name].title}", partial(_measure, networks[name], kernels, record)
+            yield f"models: {networks[name].title}", partial(_model, networks[name], kernels, record)
     if "moments" in settings.parts:
         for name in settings.networks:
             if name in MOMENTS_OF:
@@ -223,6 +224,15 @@ def _jobs(
 
 def _measure(network: Network, contenders, record: dict[str, Any], bench: Bench) -> None:
     measure(bench, network, contenders, record)
+
+
+def _model(network: Network, contenders, record: dict[str, Any], bench: Bench) -> None:
+    """A measurement, and what entk planned to spend on it."""
+    measure(bench, network, contenders, record)
+    if "plan" not in record:
+        worker = bench.start(PLAN, bench.spec(network))
+        record["plan"] = worker.facts
+        worker.close()
 
 
 def _point(network: Network, points: dict[str, Any], value: int, bench: Bench) -> None:
@@ -270,8 +280,9 @@ def _largest(record: dict[str, Any], network: Network, budget: float, bench: Ben
             record["stopped"].append({"budget_bytes": allowed, "reason": str(stopped)})
             bench.say(f"  {allowed / 2**30:.1f} GiB: {escape(str(stopped))}")
             continue
-        record |= {"budget_bytes": budget, **run}
-        bench.say(f"  N = {run['n'] * c:,}: {run['seconds']:.3g} s, {run['peak_bytes'] / 2**30:.3g} GiB")
+        held = run["bytes_before"] + run["peak_bytes"]  # by the whole process: that is what has to fit
+        record |= {"budget_bytes": budget, "held_bytes": held, **run}
+        bench.say(f"  N = {run['n'] * c:,}: {run['seconds']:.3g} s, {held / 2**30:.3g} GiB")
         return
 
 

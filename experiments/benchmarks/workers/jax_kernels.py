@@ -67,20 +67,7 @@ def main():
     x = jnp.asarray(arrays["x"])
     ntk = VARIANTS[spec["variant"]](apply, w, x)
     jax.block_until_ready((w, x))
-    serve(lambda: jax.block_until_ready(ntk()), to_numpy, jax=jax.__version__, **_planned(apply, w, x))
-
-
-def _planned(apply, w, x):
-    """What entk means to spend, to be compared with what it spends."""
-    if spec["variant"] != "entk":
-        return {}
-    import entk
-
-    plan = getattr(entk, "plan", None)
-    if plan is None:
-        return {}
-    planned = plan(apply, w, x, None)
-    return {"operations": planned.operations, "bytes": planned.bytes}
+    serve(lambda: jax.block_until_ready(ntk()), to_numpy, jax=jax.__version__)
 
 
 if __name__ == "__main__":
