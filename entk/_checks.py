@@ -176,6 +176,13 @@ def check_microbatch_size(microbatch_size: int | None) -> int | None:
     return int(microbatch_size)
 
 
+def check_count(name: str, value: Any, minimum: int = 1) -> int:
+    """Returns `value` as a Python integer; NumPy's integers are taken, booleans and floats are not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}.")
+    return int(value)
+
+
 def available_bytes() -> int:
     """Memory in bytes that this process's first device can still give; for a CPU, what a container's limit leaves."""
     stats = jax.local_devices()[0].memory_stats()

@@ -45,6 +45,10 @@ class Contraction(Protocol):
 
     def cost(self, part: Part, num_outputs: int) -> Cost: ...
 
+    def is_tiled(self, part: Part) -> bool:
+        """Whether `block` works in small tiles of its own, rather than by products of whole matrices."""
+        ...
+
     def prepare(self, part: Part, factors: Any) -> PyTree:
         """What is kept of one example."""
         ...
@@ -66,16 +70,19 @@ class JacobianBlocks:
 
     def cost(self, part, num_outputs):
         c, size = num_outputs, part.num_params
-        forming = sum(c * math.prod(sizes) for sizes in (part.sizes, part.mirrored_sizes) if sizes)
+        forming = sum(c * math.prod(sizes) for sizes in part.sizes)
         return Cost(forming, c * c * size, c * size, c * c)
+
+    def is_tiled(self, part):
+        return False
 
     def prepare(self, part, factors):
         if not part.uses:
             return (factors,)
         straight, mirrored = factors
-        block = _outer(straight, part.sizes[2])
+        block = _outer(straight, part.sizes[0].inputs)
         if mirrored is not None:
-            block = block + jnp.swapaxes(_outer(mirrored, part.mirrored_sizes[2]), -1, -2)
+            block = block + jnp.swapaxes(_outer(mirrored, part.sizes[1].inputs), -1, -2)
         block = block.reshape(block.shape[0], -1)
         return (block, straight.cotangent.sum((1, 2))) if part.has_bias else (block,)
 
@@ -111,7 +118,7 @@ class PositionPairs:
     def cost(self, part, num_outputs):
         c = num_outputs
         pair = stored = tile = 0
-        for groups, positions, inputs, outputs in filter(None, (part.sizes, part.mirrored_sizes)):
+        for groups, positions, inputs, outputs in part.sizes:
             if positions == 1:
                 pair += groups * (inputs + c * c * outputs)
                 tile += 2 * c * c
@@ -119,12 +126,14 @@ class PositionPairs:
                 pair += groups * positions * (positions * (inputs + c * outputs) + c * c * outputs)
                 tile += c * c
             stored += groups * positions * (inputs + c * outputs)
-        if part.mirrored_sizes:
-            groups, r, inputs, outputs = part.sizes
-            s = part.mirrored_sizes[1]
+        if part.mirrored:
+            (groups, r, inputs, outputs), (_, s, _, _) = part.sizes
             pair += 2 * groups * c * r * s * (inputs + outputs + c)
             tile += 2 * c * r * s
         return Cost(0, pair, stored, tile)
+
+    def is_tiled(self, part):
+        return bool(part.mirrored) or part.sizes[0].positions > 1
 
     def prepare(self, part, factors):
         return [
@@ -142,7 +151,7 @@ class PositionPairs:
 
         groups = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), (rows, columns))
         first = of_group(*jax.tree.map(lambda leaf: leaf[0], groups))
-        if part.sizes[0] == 1:
+        if part.sizes[0].groups == 1:
             return first
         rest = jax.tree.map(lambda leaf: leaf[1:], groups)
         return lax.scan(lambda total, group: (total + of_group(*group), None), first, rest)[0]

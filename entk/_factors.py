@@ -18,7 +18,8 @@ from jax import Array, lax
 from entk._checks import ApplyFn, PyTree
 from entk._jacobian import model_precision
 from entk._params import differentiable
-from entk._uses import Lookup, Scope, Use, Uses, find_uses
+from entk._products import Lookup, Sizes, Use
+from entk._uses import Scope, Uses, find_uses
 
 
 class Factors(NamedTuple):
@@ -41,7 +42,6 @@ class Part:
       leaves: indices of the parameter leaves; the second is the bias.
       uses: products with the leaf, positions of one leaf; empty for a leaf left to autodiff.
       mirrored: products with the transposed leaf (tied weights), inputs and outputs exchanged.
-      sizes, mirrored_sizes: (groups, positions, inputs, outputs), all uses together.
       reason: why the leaf is left to autodiff.
     """
 
@@ -56,25 +56,19 @@ class Part:
         return len(self.leaves) == 2
 
     @property
-    def sizes(self) -> tuple[int, int, int, int] | None:
-        return _together(self.uses)
-
-    @property
-    def mirrored_sizes(self) -> tuple[int, int, int, int] | None:
-        return _together(self.mirrored)
+    def sizes(self) -> tuple[Sizes, ...]:
+        """Of the uses and, where there are any, of the mirrored ones; all positions of a kind together."""
+        return tuple(_together(uses) for uses in (self.uses, self.mirrored) if uses)
 
     @property
     def layouts(self) -> Any:
         """Equal for two traces of a model whose factors belong together."""
         both = (*self.uses, *self.mirrored)
-        return self.leaves, [(use.view.steps, use.layout, use.total[0], *use.total[2:]) for use in both]
+        return self.leaves, [(use.view.steps, use.layout, use.total._replace(positions=0)) for use in both]
 
 
-def _together(uses: tuple[Use, ...]) -> tuple[int, int, int, int] | None:
-    if not uses:
-        return None
-    groups, _, inputs, outputs = uses[0].total
-    return groups, sum(use.total[1] for use in uses), inputs, outputs
+def _together(uses: tuple[Use, ...]) -> Sizes:
+    return uses[0].total._replace(positions=sum(use.total.positions for use in uses))
 
 
 class FactoredModel:
@@ -221,17 +215,20 @@ def _divide(found: Uses | None, leaves: list[Array]) -> list[Part]:
         if len(straight) + len(mirrored) < len(uses):
             reasons[leaf] = "is used in several shapes"
             continue
-        bias = [
+        bias = [  # added to every product with the leaf: then it is one more input of each, always 1
             other
             for other, added_to in found.biases.items()
-            if added_to == [first.index] and other not in by_leaf and other not in reasons and len(uses) == 1
+            if not mirrored
+            and sorted(added_to) == [use.index for use in uses]
+            and other not in by_leaf
+            and other not in reasons
         ]
         owned = (leaf, *bias[:1])
         in_a_part.update(owned)
         parts.append(Part(owned, sum(leaves[k].size for k in owned), tuple(straight), tuple(mirrored)))
     for leaf, array in enumerate(leaves):
         if leaf not in in_a_part and array.size:
-            reason = reasons.get(leaf) or ("is a shared bias" if leaf in found.biases else "is not used")
+            reason = reasons.get(leaf) or ("is the bias of a shared product" if leaf in found.biases else "is not used")
             parts.append(Part((leaf,), array.size, reason=reason))
     return sorted(parts, key=lambda part: part.leaves)
 

@@ -32,7 +32,7 @@ def check_independent(apply_fn: Callable[[PyTree, PyTree], Any], params: PyTree,
     Cost: one compilation and eight runs on two examples, once for every apply_fn and kind of `params` and `x`.
     """
     model = (apply_fn, _kind(params, 0), _kind(x, 1))
-    if model in _PASSED or not all(_is_at_hand(leaf) for leaf in jax.tree.leaves((params, x))):
+    if model in _PASSED or not all(is_at_hand(leaf) for leaf in jax.tree.leaves((params, x))):
         return
     change = _largest_change(apply_fn, params, x)
     if change is None:
@@ -60,7 +60,7 @@ def _kind(tree: PyTree, axis: int) -> tuple:
     return treedef, tuple((jnp.shape(leaf)[axis:], jnp.result_type(leaf)) for leaf in leaves)
 
 
-def _is_at_hand(leaf: Any) -> bool:
+def is_at_hand(leaf: Any) -> bool:
     """Whether this process can read the values now."""
     if not isinstance(leaf, jax.Array):
         return not isinstance(leaf, jax.ShapeDtypeStruct)
@@ -73,7 +73,7 @@ def _is_at_hand(leaf: Any) -> bool:
 def _largest_change(apply_fn, params: PyTree, x: PyTree) -> float | None:
     """Of an example's outputs when the other one of a batch of two is exchanged; None where that cannot be seen."""
     shifts = jax.device_put((np.float32(0), np.float32(SHIFT)))
-    if not _is_at_hand(shifts[0]):  # all that is computed now is traced
+    if not is_at_hand(shifts[0]):  # all that is computed now is traced
         return None
     try:
         pair = _two_examples(x)
@@ -90,7 +90,7 @@ def _largest_change(apply_fn, params: PyTree, x: PyTree) -> float | None:
         # A last layer of zeros, as networks are often initialised, hides the layers before it: hence the shift.
         for shift in shifts:
             out = [[outputs(params, batch, shift) for batch in row] for row in batches]
-            if not _is_at_hand(out[0][0]):  # apply_fn closes over something traced
+            if not is_at_hand(out[0][0]):  # apply_fn closes over something traced
                 return None
             out = np.asarray(jax.device_get(out))  # (left example, right example, row, ...)
             # Row 0 holds the left example, row 1 the right one. A cumulative sum over the batch shows in row 1 alone.

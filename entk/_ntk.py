@@ -22,11 +22,8 @@ class Strategy(Protocol):
         ...
 
 
-DEFAULT = Structured()
-
-
 def empirical_ntk(
-    apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None = None, *, strategy: Strategy = DEFAULT
+    apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None = None, *, strategy: Strategy = Structured()
 ) -> Float[Array, "n1c n2c"]:
     """Empirical neural tangent kernel K = J₁ J₂ᵀ, the full matrix over outputs (theory §1).
 

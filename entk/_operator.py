@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from entk._checks import ApplyFn, PyTree, check_apply_pair, check_fits, check_microbatch_size, num_params
+from entk._checks import ApplyFn, PyTree, check_apply_pair, check_count, check_fits, check_microbatch_size, num_params
 from entk._jacobian import map_examples, model_precision, sum_blocks
 from entk._ntk import empirical_ntk
 from entk._params import differentiable
@@ -175,13 +173,6 @@ def ntk_vector_product(
     """
     sizes = {"microbatch_size": microbatch_size, "probe_batch_size": probe_batch_size}
     return NtkOperator(apply_fn, params, x1, x2, preconditioner=preconditioner, **sizes).mv(vector)
-
-
-def check_count(name: str, value: Any, minimum: int = 1) -> int:
-    """Returns `value` as a Python integer; NumPy's integers are taken, booleans and floats are not."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}.")
-    return int(value)
 
 
 def _check_preconditioner(preconditioner: PyTree | None, params: PyTree) -> None:

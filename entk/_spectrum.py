@@ -12,10 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from matfree import decomp
 
-from entk._checks import check_fits
+from entk._checks import check_count, check_fits
 from entk._jacobian import model_precision
 from entk._matvec import LinearOperator, check_key, check_operator, matvec_of, product
-from entk._operator import check_count
 from entk._trace import Estimate, estimate_mean
 
 

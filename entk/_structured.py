@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from entk._checks import ApplyFn, OutputSpec, PyTree, check_fits
-from entk._contractions import Contraction, Cost, JacobianBlocks, PositionPairs
+from entk._contractions import CACHED_NUMBERS, Contraction, Cost, JacobianBlocks, PositionPairs
 from entk._factors import FactoredModel, Part
 from entk._jacobian import PRECISION, map_examples
+from entk._products import Sizes
 
 CACHED_BYTES = 2**25
 SMALLEST_TRIANGLE = 256  # rows of K below which halving a diagonal block costs more than it saves
@@ -29,11 +30,18 @@ class Choice(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the work is cut: examples of x1 and of x2 a block of K, and examples differentiated at once."""
+    """How the work is cut.
+
+    Attributes:
+      rows, columns: examples of x1 and of x2 in one block of K.
+      chunk: examples differentiated at once.
+      triangle: all of a symmetric K is one block, of which one triangle is computed.
+    """
 
     rows: int
     columns: int
     chunk: int
+    triangle: bool
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,13 @@ class Structured:
         accelerators; K is then symmetric and positive semi-definite to fewer digits.
     """
 
-    workspace_bytes: int = 2**30
+    workspace_bytes: int = 2**31
     contractions: tuple[Contraction, ...] = (PositionPairs(), JacobianBlocks())
     precision: Any = PRECISION
 
     def __post_init__(self):
         if isinstance(self.workspace_bytes, bool) or not isinstance(self.workspace_bytes, int):
-            raise TypeError(f"workspace_bytes={self.workspace_bytes!r} must be a whole number of bytes, e.g. 2**30.")
+            raise TypeError(f"workspace_bytes={self.workspace_bytes!r} must be a whole number of bytes, e.g. 2**31.")
         if not self.contractions:
             raise ValueError("contractions=() leaves nothing to choose from; pass JacobianBlocks(), PositionPairs().")
 
@@ -82,38 +90,56 @@ class Structured:
 
     def layout(self, model: FactoredModel, choices: list[Choice], n1: int, n2: int, symmetric: bool) -> Layout:
         """The largest blocks that keep to the workspace."""
-        c = model.num_outputs
-        size = model.dtype.itemsize
-        stored = sum(choice.cost.stored for choice in choices) * size
-        tile = max(choice.cost.tile for choice in choices) * max(size, 4)
-        captured = sum(
-            math.prod(one[:2]) * one[3] if one else 0
-            for choice in choices
-            for one in (choice.part.sizes, choice.part.mirrored_sizes)
-        )
-        of_example = model.residual_bytes + c * (3 * model.largest_bytes + captured * size) + 2 * stored
-
-        def needed(rows: int, columns: int) -> int:
-            held = rows if symmetric and rows == n1 else rows + columns
-            whole_pairs = rows * columns // (2 if symmetric and rows == n1 else 1)
-            return held * stored + whole_pairs * tile + of_example
-
-        rows, columns = n1, n2
-        while needed(rows, columns) > self.workspace_bytes and (rows > 1 or columns > 1):
-            rows, columns = -(-rows // 2) if rows >= columns else rows, -(-columns // 2) if columns >= rows else columns
-        if needed(rows, columns) > self.workspace_bytes:
+        longest = max(n1, n2)
+        sizes = sorted({-(-longest // parts) for parts in range(1, longest + 1)}, reverse=True)
+        for size in sizes:
+            layout = Layout(min(size, n1), min(size, n2), 1, symmetric and size >= n1)
+            if workspace(model, choices, layout) <= self.workspace_bytes:
+                break
+        else:
             raise MemoryError(
-                f"one example needs {needed(1, 1):,} bytes of workspace, but workspace_bytes={self.workspace_bytes:,}. "
-                "Pass a larger workspace_bytes, or use ntk_vector_product, which forms no kernel."
+                f"one example needs {workspace(model, choices, Layout(1, 1, 1, False)):,} bytes of workspace, but "
+                f"workspace_bytes={self.workspace_bytes:,}. Pass a larger workspace_bytes, or use NtkOperator, which "
+                "forms no kernel."
             )
-        left = self.workspace_bytes - needed(rows, columns) + of_example
+        of_example = example_bytes(model, choices)
+        left = self.workspace_bytes - workspace(model, choices, layout) + of_example
         if jax.default_backend() == "cpu":
             left = min(left, CACHED_BYTES)  # intermediate results that leave the cache cost a fifth more time
-        return Layout(rows, columns, _whole_chunks(rows, max(1, left // of_example)))
+        return layout._replace(chunk=_whole_chunks(layout.rows, max(1, left // of_example)))
 
     def kernel(self, apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None) -> Array:
         """K of shape (n₁·c, n₂·c); the arguments have been checked."""
         return _kernel(self, apply_fn, params, x1, x2)
+
+
+def example_bytes(model: FactoredModel, choices: list[Choice]) -> int:
+    """What differentiating one example holds: its forward pass, c cotangents of it, and their factors twice."""
+    c, size = model.num_outputs, model.dtype.itemsize
+    pulled = sum(sizes.groups * sizes.positions * sizes.outputs for choice in choices for sizes in choice.part.sizes)
+    stored = sum(choice.cost.stored for choice in choices)
+    return model.residual_bytes + c * (3 * model.largest_bytes + pulled * size) + 2 * stored * size
+
+
+def workspace(model: FactoredModel, choices: list[Choice], layout: Layout) -> int:
+    """Bytes held beside K: what is kept of the examples of a block, its copies while it is cut, tiles, one chunk."""
+    size = model.dtype.itemsize
+    plain, tiled = (
+        sum(choice.cost.stored for choice in choices if choice.contraction.is_tiled(choice.part) == wanted) * size
+        for wanted in (False, True)
+    )
+    tile = 2 * max(choice.cost.tile for choice in choices) * max(size, 4)
+    pairs = layout.rows * layout.columns
+    if layout.triangle:
+        held = layout.rows * (6 * plain + 5 * tiled) // 2 + pairs // 4 * tile
+    else:
+        held = 2 * (layout.rows + layout.columns) * (plain + tiled) + pairs * tile
+    scratch = max(
+        min(CACHED_NUMBERS, pairs * sizes.positions * model.num_outputs * sizes.outputs)
+        for choice in choices
+        for sizes in (choice.part.sizes if choice.contraction.is_tiled(choice.part) else (Sizes(0, 0, 0, 0),))
+    )
+    return held + 2 * scratch * max(size, 4) + layout.chunk * example_bytes(model, choices)
 
 
 def _whole_chunks(total: int, most: int) -> int:
@@ -146,7 +172,7 @@ def _kernel(strategy: Structured, apply_fn, params, x1, x2):
     x2 = x1 if symmetric else x2
     n1, n2 = (jax.tree.leaves(x)[0].shape[0] for x in (x1, x2))
     choices = strategy.choose(models[0], n1, n2)
-    rows, columns, chunk = strategy.layout(models[0], choices, n1, n2, symmetric)
+    rows, columns, chunk, triangle = strategy.layout(models[0], choices, n1, n2, symmetric)
     c = models[0].num_outputs
 
     def prepare(model, x):
@@ -155,9 +181,11 @@ def _kernel(strategy: Structured, apply_fn, params, x1, x2):
     def block(left, right):
         return contract(choices, left, right, strategy.precision)
 
+    dtype = jnp.promote_types(models[0].dtype, jnp.float32)
+    if triangle:
+        return _one_triangle(choices, prepare(models[0], x1), n1, c, dtype, strategy.precision)
     if rows == n1 and columns == n2:
-        left = prepare(models[0], x1)
-        return _one_triangle(block, left, n1, c) if symmetric else block(left, prepare(models[1], x2))
+        return block(prepare(models[0], x1), prepare(models[1], x2))
 
     def some(x, start, size):
         return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), x)
@@ -174,7 +202,6 @@ def _kernel(strategy: Structured, apply_fn, params, x1, x2):
 
         return lax.fori_loop(0, row + 1 if symmetric else -(-n2 // columns), fill, kernel), None
 
-    dtype = jnp.promote_types(models[0].dtype, jnp.float32)
     kernel = jnp.zeros((n1 * c, n2 * c), dtype)
     return lax.scan(fill_row, kernel, jnp.arange(-(-n1 // rows)))[0]
 
@@ -187,7 +214,7 @@ def prepare_example(model: FactoredModel, choices: list[Choice], x_i: PyTree) ->
     ]  # fmt: skip
 
 
-def contract(choices: list[Choice], left: list[PyTree], right: list[PyTree], precision: Any) -> Array:
+def contract(choices: Sequence[Choice], left: Sequence[PyTree], right: Sequence[PyTree], precision: Any) -> Array:
     """The sum of all parts over the prepared examples of rows and columns."""
     blocks = [
         choice.contraction.block(choice.part, rows, columns, precision)
@@ -196,24 +223,48 @@ def contract(choices: list[Choice], left: list[PyTree], right: list[PyTree], pre
     return sum(blocks[1:], blocks[0])
 
 
-def _one_triangle(block, prepared: list[PyTree], n: int, c: int) -> Array:
-    """K of n prepared examples with itself: blocks on and below the diagonal, and their transposes."""
+def _one_triangle(choices: list[Choice], prepared: list[PyTree], n: int, c: int, dtype: Any, precision: Any) -> Array:
+    """K of n prepared examples with itself: blocks on and below the diagonal, and their transposes.
 
-    def take(start, stop):
-        return jax.tree.map(lambda leaf: leaf[start:stop], prepared)
-
+    Parts that are plain matrix products are cut into halves of halves, large products with few copies; the others work
+    in small tiles anyway, and a loop over tiles holds the slices of one pair of tiles at a time.
+    """
     smallest = max(SMALLEST_TRIANGLE, n * c // 8)
 
-    def fill(kernel, start, stop):
+    def halves(start, stop):
         if (stop - start) * c <= smallest or stop - start == 1:
-            return kernel.at[start * c : stop * c, start * c : stop * c].set(
-                block(take(start, stop), take(start, stop))
-            )
+            return [((start, stop), (start, stop))]
         middle = (start + stop) // 2
-        kernel = fill(fill(kernel, start, middle), middle, stop)
-        below = block(take(middle, stop), take(start, middle))
-        kernel = kernel.at[middle * c : stop * c, start * c : middle * c].set(below)
-        return kernel.at[start * c : middle * c, middle * c : stop * c].set(below.T)
+        return [((middle, stop), (start, middle)), *halves(start, middle), *halves(middle, stop)]
 
-    dtype = jax.eval_shape(lambda: block(take(0, 1), take(0, 1))).dtype
-    return fill(jnp.zeros((n * c, n * c), dtype), 0, n)
+    tiled = [choice.contraction.is_tiled(choice.part) for choice in choices]
+    plain, loops = (
+        [(choice, one) for choice, one, tile in zip(choices, prepared, tiled, strict=True) if tile == wanted]
+        for wanted in (False, True)
+    )
+    kernel = jnp.zeros((n * c, n * c), dtype)
+    if loops:
+        chosen, arrays = zip(*loops, strict=True)
+        size = min(n, max(1, 2 * SMALLEST_TRIANGLE // c))
+        starts = [min(k * size, n - size) for k in range(-(-n // size))]  # the last tile overlaps the one before
+
+        def fill(kernel, pair):
+            left, right = (
+                jax.tree.map(lambda leaf, k=k: lax.dynamic_slice_in_dim(leaf, k, size), arrays) for k in pair
+            )
+            values = contract(chosen, left, right, precision)
+            kernel = lax.dynamic_update_slice(kernel, values, (pair[0] * c, pair[1] * c))
+            return lax.dynamic_update_slice(kernel, values.T, (pair[1] * c, pair[0] * c)), None
+
+        pairs = jnp.array([(row, column) for k, row in enumerate(starts) for column in starts[: k + 1]])
+        kernel, _ = lax.scan(fill, kernel, pairs)
+    if plain:
+        chosen, arrays = zip(*plain, strict=True)
+        for rows, columns in halves(0, n):
+            left, right = (jax.tree.map(lambda leaf, k=k: leaf[slice(*k)], arrays) for k in (rows, columns))
+            values = contract(chosen, left, left if rows == columns else right, precision)
+            below = slice(rows[0] * c, rows[1] * c), slice(columns[0] * c, columns[1] * c)
+            kernel = kernel.at[below].add(values)
+            if rows != columns:
+                kernel = kernel.at[below[::-1]].add(values.T)
+    return kernel

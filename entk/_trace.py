@@ -12,9 +12,9 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 from matfree import stochtrace
 
+from entk._checks import check_count
 from entk._jacobian import model_precision
 from entk._matvec import LinearOperator, check_key, check_operator, matvec_of, product
-from entk._operator import check_count
 
 
 class Estimate(NamedTuple):

@@ -1,9 +1,8 @@
 """Where a model uses its parameters: the products that consume each one, found in the jaxpr of one example.
 
-A product y = W x is worth finding because its part of the Jacobian factors: the derivative of an output in W is the
-outer product of the output's cotangent at y with x. Parameters are followed through what only rearranges them
-(reshape, transpose, cast, scaling by a constant) and into nested jit, remat and scan. Everything else that takes a
-parameter makes it `opaque`, with the reason; such a parameter is differentiated by autodiff.
+Parameters are followed through what only rearranges them (reshape, transpose, cast, scaling by a constant) and into
+nested jit, remat and scan. Everything else that takes a parameter makes it `opaque`, with the reason; such a parameter
+is differentiated by autodiff.
 
 Source: jaxprs are read as in JAX's documentation, "Writing custom Jaxpr interpreters".
 """
@@ -17,177 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
 
-Shape = tuple[int, ...]
-SAME_ENTRIES = ("reshape", "squeeze", "rev", "copy")  # the same entries in another shape or order
+from entk._products import SLICES, Conv, Dot, Lookup, Shape, Sizes, Spread, Use, View
+
 INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
-
-
-@dataclass(frozen=True)
-class View:
-    """A parameter leaf, rearranged: an isometry of the leaf, times `scale`.
-
-    Attributes:
-      leaf: index of the parameter leaf.
-      steps: what happened to it, as far as it is not a permutation of axes; two views with equal steps have the same
-        entries in the same places of their base.
-      base: shape after `steps`.
-      order: axis k of the view is axis order[k] of the base.
-      stacked: depths of the scans that take it apart along its first axis, one slice an iteration.
-      scale: constant it is multiplied by.
-    """
-
-    leaf: int
-    steps: tuple[Any, ...]
-    base: Shape
-    order: Shape
-    stacked: frozenset[int] = frozenset()
-    scale: float = 1.0
-
-    @property
-    def shape(self) -> Shape:
-        return tuple(self.base[axis] for axis in self.order)
-
-    def rearranged(self, step: Any, shape: Shape) -> View:
-        return replace(self, steps=(*self.steps, (self.order, step)), base=shape, order=tuple(range(len(shape))))
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A leaf broadcast to `shape`, axis k of the view to axis dims[k]: what a bias is before it is added."""
-
-    view: View
-    shape: Shape
-    dims: Shape
-
-
-@dataclass(frozen=True)
-class Use:
-    """One product that consumes a parameter, y = A-side ⊗ W; see `Dot`, `Conv`, `Lookup` for the layouts.
-
-    Per example and iteration of the scans around it, `activation(operands)` has shape (groups, positions, inputs) and
-    `cotangent(delta)` turns the cotangent of y, with any leading axes, into (..., groups, positions, outputs).
-
-    Attributes:
-      index: number of this use in the model.
-      view: the parameter as the product sees it.
-      side: which operand is the parameter.
-      shape, dtype: of y.
-      loops: lengths of the scans around it, outermost first.
-      layout: how the axes of the view's base are divided; uses of equal steps and layout differ in positions only.
-      sizes: (groups, positions, inputs, outputs) within one iteration.
-    """
-
-    index: int
-    view: View
-    side: int
-    shape: Shape
-    dtype: jnp.dtype
-    loops: Shape
-    layout: tuple[Any, ...]
-    sizes: tuple[int, int, int, int]
-
-    def activation(self, operands: list[Array]) -> Array:
-        raise AssertionError("a use is a Dot, a Conv or a Lookup")
-
-    def cotangent(self, delta: Array) -> Array:
-        raise AssertionError("a use is a Dot, a Conv or a Lookup")
-
-    @property
-    def total(self) -> tuple[int, int, int, int]:
-        """(groups, positions, inputs, outputs) of one example, scans included."""
-        groups, positions, inputs, outputs = self.sizes
-        for depth, length in enumerate(self.loops):
-            if depth in self.view.stacked:
-                groups *= length
-            else:
-                positions *= length
-        return groups, positions, inputs, outputs
-
-    def merge_loops(self, array: Array, lead: int, tail: int) -> Array:
-        """(lead axes, *loops, groups, positions, tail axes) → (lead axes, all groups, all positions, tail axes)."""
-        depth = len(self.loops)
-        outer = [lead + k for k in range(depth) if k in self.view.stacked]
-        inner = [lead + k for k in range(depth) if k not in self.view.stacked]
-        first = lead + depth
-        order = [*range(lead), *outer, first, *inner, *range(first + 1, first + 2 + tail)]
-        groups, positions = self.total[:2]
-        shape = (*array.shape[:lead], groups, positions, *array.shape[first + 2 :])
-        return array.transpose(order).reshape(shape)
-
-
-@dataclass(frozen=True)
-class Dot(Use):
-    """dot_general: batch axes are groups, free axes of the activation positions, contracted axes inputs."""
-
-    activation_order: Shape = ()
-    cotangent_order: Shape = ()
-
-    def activation(self, operands):
-        groups, positions, inputs, _ = self.sizes
-        return operands[1 - self.side].transpose(self.activation_order).reshape(groups, positions, inputs)
-
-    def cotangent(self, delta):
-        lead = delta.ndim - len(self.shape)
-        groups, positions, _, outputs = self.sizes
-        order = [*range(lead), *(lead + axis for axis in self.cotangent_order)]
-        return delta.transpose(order).reshape(*delta.shape[:lead], groups, positions, outputs)
-
-
-@dataclass(frozen=True)
-class Conv(Use):
-    """conv_general_dilated: patches of the input are the activation, output pixels the positions."""
-
-    params: dict[str, Any] = field(default_factory=dict, compare=False)
-    kernel: Shape = ()
-
-    def activation(self, operands):
-        groups, positions, inputs, _ = self.sizes
-        numbers = self.params["dimension_numbers"]
-        x = operands[0].transpose(numbers.lhs_spec)  # (batch, features, *space)
-        pads = [(0, 0, 0), (0, 0, 0)]
-        pads += [
-            (*pad, step - 1) for pad, step in zip(self.params["padding"], self.params["lhs_dilation"], strict=True)
-        ]
-        x = lax.pad(x, jnp.zeros((), x.dtype), pads)
-        strides, dilation = self.params["window_strides"], self.params["rhs_dilation"]
-        pixels = tuple(self.shape[axis] for axis in numbers.out_spec[2:])
-        patches = []
-        for offset in _grid(self.kernel):
-            start = [at * step for at, step in zip(offset, dilation, strict=True)]
-            stop = [at + (count - 1) * stride + 1 for at, count, stride in zip(start, pixels, strides, strict=True)]
-            patches.append(lax.slice(x, [0, 0, *start], [*x.shape[:2], *stop], [1, 1, *strides]))
-        stacked = jnp.stack(patches, axis=2)  # (batch, features, offsets, *pixels)
-        stacked = stacked.reshape(x.shape[0], groups, inputs, -1)  # features of a group, then offsets
-        return stacked.transpose(1, 0, 3, 2).reshape(groups, positions, inputs)
-
-    def cotangent(self, delta):
-        lead = delta.ndim - len(self.shape)
-        groups, positions, _, outputs = self.sizes
-        batch, features, *space = self.params["dimension_numbers"].out_spec
-        delta = delta.transpose([*range(lead), *(lead + axis for axis in (features, batch, *space))])
-        delta = delta.reshape(*delta.shape[:lead], groups, outputs, positions)
-        return jnp.swapaxes(delta, -1, -2)
-
-
-@dataclass(frozen=True)
-class Lookup(Use):
-    """Rows of a table taken by index: the activation is one-hot and kept as its index, -1 for none of the rows."""
-
-    mode: Any = None
-
-    def activation(self, operands):
-        rows = self.sizes[2]
-        index = operands[1].reshape(1, -1)
-        if self.mode == lax.GatherScatterMode.FILL_OR_DROP:
-            return jnp.where((index >= 0) & (index < rows), index, -1).astype(jnp.int32)
-        return jnp.clip(index, 0, rows - 1).astype(jnp.int32)
-
-    def cotangent(self, delta):
-        lead = delta.ndim - len(self.shape)
-        groups, positions, _, outputs = self.sizes
-        return delta.reshape(*delta.shape[:lead], groups, positions, outputs)
 
 
 @dataclass
@@ -241,9 +73,17 @@ class Uses:
         once = Counter(var for var in operands_read if not hasattr(var, "val"))
         for number, eqn in enumerate(jaxpr.eqns):
             operands = [None if hasattr(var, "val") else views.get(var) for var in eqn.invars]
+            name = eqn.primitive.name
+            if (
+                name == "transpose"
+                and not hasattr(eqn.invars[0], "val")
+                and eqn.invars[0] in results
+                and once[eqn.outvars[0]] == 1
+            ):
+                use, order = results[eqn.invars[0]]
+                results[eqn.outvars[0]] = use, tuple(order[axis] for axis in eqn.params["permutation"])
             if not any(operands):
                 continue
-            name = eqn.primitive.name
             if name in INLINED:
                 inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
                 inner, inner_consts = getattr(inner, "jaxpr", inner), list(getattr(inner, "consts", []))
@@ -259,7 +99,7 @@ class Uses:
                 self.uses.append(use)
                 scope.uses[number] = use
                 if once[eqn.outvars[0]] == 1:
-                    results[eqn.outvars[0]] = use
+                    results[eqn.outvars[0]] = use, tuple(range(len(use.shape)))
             elif name == "add" and (use := _bias_of(eqn, operands, results)) is not None:
                 bias = next(operand for operand in operands if operand is not None)
                 self.biases.setdefault((bias.view if isinstance(bias, Spread) else bias).leaf, []).append(use.index)
@@ -281,7 +121,7 @@ class Uses:
             elif position < num_consts:
                 views[var] = view
             else:
-                sliced = view.rearranged("slices", view.shape[1:])
+                sliced = view.rearranged(SLICES, view.shape[1:])
                 views[var] = replace(sliced, stacked=view.stacked | {depth})
         scope, outputs, _ = self._walk(closed.jaxpr, list(closed.consts), views, (*loops, eqn.params["length"]))
         for output in outputs:
@@ -309,11 +149,17 @@ def _rearranged(eqn: Any, operands: list[Any]) -> View | Spread | None:
         return view
     if name == "transpose":
         return replace(view, order=tuple(view.order[axis] for axis in eqn.params["permutation"]))
-    if name in SAME_ENTRIES and math.prod(out.shape) == math.prod(view.shape):
-        return view.rearranged((name, eqn.params.get("dimensions")), tuple(out.shape))
+    if name == "rev":
+        return view.rearranged(tuple(eqn.params["dimensions"]), tuple(out.shape))
+    if name in ("reshape", "squeeze", "copy"):
+        return (
+            view.rearranged(None, tuple(out.shape))
+            if eqn.params.get("dimensions") is None or name == "squeeze"
+            else None
+        )
     if name == "broadcast_in_dim":
         if math.prod(out.shape) == math.prod(view.shape):
-            return view.rearranged("reshape", tuple(out.shape))
+            return view.rearranged(None, tuple(out.shape))
         return Spread(view, tuple(out.shape), tuple(eqn.params["broadcast_dimensions"]))
     return None
 
@@ -354,7 +200,7 @@ def _dot(eqn, view, side, common) -> Use:
             tuple(view.order[w_in[k]] for k in inputs),
             tuple(view.order[w_free[k]] for k in outputs),
         ),
-        sizes=(
+        sizes=Sizes(
             math.prod(view.shape[axis] for axis in w_batch),
             math.prod(x_shape[axis] for axis in x_free),
             math.prod(view.shape[axis] for axis in w_in),
@@ -377,68 +223,65 @@ def _conv(eqn, view, side, common) -> Use | None:
     return Conv(
         **common,
         layout=("conv", groups, tuple(view.order[axis] for axis in numbers.rhs_spec)),
-        sizes=(groups, positions, inputs * math.prod(kernel), features // groups),
+        sizes=Sizes(groups, positions, inputs * math.prod(kernel), features // groups),
         params=dict(eqn.params),
         kernel=tuple(kernel),
     )
 
 
 def _lookup(eqn, view, side, common) -> Use | None:
-    """Only whole rows along the first axis, the rows' axes last in the result: table[tokens]."""
-    numbers = eqn.params["dimension_numbers"]
-    rank, out_rank = len(view.shape), len(common["shape"])
-    rows_last = tuple(range(out_rank - rank + 1, out_rank))
-    whole_rows = (
-        side == 0
-        and tuple(eqn.params["slice_sizes"]) == (1, *view.shape[1:])
-        and tuple(numbers.offset_dims) == rows_last
-        and tuple(numbers.collapsed_slice_dims) == (0,)
-        and tuple(numbers.start_index_map) == (0,)
-        and not numbers.operand_batching_dims
-    )
-    if not whole_rows or view.order != tuple(range(rank)):
+    """Whole rows along one axis, as table[tokens] and jnp.take(table, tokens, axis)."""
+    numbers, rank = eqn.params["dimension_numbers"], len(view.shape)
+    if side != 0 or len(numbers.collapsed_slice_dims) != 1 or numbers.operand_batching_dims:
         return None
-    outputs = math.prod(view.shape[1:])
-    positions = math.prod(common["shape"]) // max(outputs, 1)
+    (axis,) = numbers.collapsed_slice_dims
+    whole_rows = tuple(1 if k == axis else size for k, size in enumerate(view.shape))
+    if tuple(numbers.start_index_map) != (axis,) or tuple(eqn.params["slice_sizes"]) != whole_rows:
+        return None
+    kept = [k for k in range(rank) if k != axis]
+    offsets = sorted(range(rank - 1), key=lambda k: view.order[kept[k]])
+    places = [k for k in range(len(common["shape"])) if k not in numbers.offset_dims]
     return Lookup(
         **common,
-        layout=((), (0,), tuple(range(1, rank))),
-        sizes=(1, positions, view.shape[0], outputs),
+        layout=((), (view.order[axis],), tuple(view.order[kept[k]] for k in offsets)),
+        sizes=Sizes(
+            1,
+            math.prod(common["shape"][k] for k in places),
+            view.shape[axis],
+            math.prod(view.shape[k] for k in kept),
+        ),
+        cotangent_order=(*places, *(numbers.offset_dims[k] for k in offsets)),
         mode=eqn.params["mode"],
     )
 
 
-def _bias_of(eqn: Any, operands: list[Any], results: dict[Any, Use]) -> Use | None:
-    """The use to whose result this addition adds a leaf, the same at every position; None when it does not."""
+def _bias_of(eqn: Any, operands: list[Any], results: dict[Any, tuple[Use, Shape]]) -> Use | None:
+    """The use to whose result this addition adds a leaf, the same at every position; None when it does not.
+
+    `results` says which variables are results of uses, and how their axes have been permuted since.
+    """
     if sum(operand is not None for operand in operands) != 1:
         return None
     side = 0 if operands[0] is not None else 1
     bias, other = operands[side], eqn.invars[1 - side]
-    use = None if hasattr(other, "val") else results.get(other)
-    if use is None or isinstance(use, Lookup) or tuple(eqn.outvars[0].aval.shape) != use.shape:
+    use, order = (None, ()) if hasattr(other, "val") else results.get(other, (None, ()))
+    result = tuple(eqn.outvars[0].aval.shape)
+    if use is None or isinstance(use, Lookup) or result != tuple(use.shape[axis] for axis in order):
         return None
     view, shape, dims = (
         (bias.view, bias.shape, bias.dims) if isinstance(bias, Spread) else (bias, bias.shape, range(len(bias.shape)))
     )
-    fits = all(size in (1, whole) for size, whole in zip(shape, use.shape, strict=True))
-    if view.scale != 1.0 or view.stacked or view.order != tuple(range(len(view.order))) or use.sizes[0] != 1:
+    fits = all(size in (1, whole) for size, whole in zip(shape, result, strict=True))
+    if view.scale != 1.0 or view.stacked or view.order != tuple(range(len(view.order))) or use.sizes.groups != 1:
         return None
     wide = [dim for dim, size in zip(dims, view.shape, strict=True) if size > 1]
     if isinstance(use, Conv):
         outputs = [use.params["dimension_numbers"].out_spec[1]]
     else:
         outputs = list(use.cotangent_order[len(use.cotangent_order) - len(use.layout[2]) :])  # pyright: ignore[reportAttributeAccessIssue]
-    outputs = [axis for axis in outputs if use.shape[axis] > 1]
-    same_size = math.prod(view.shape) == use.sizes[3]
+    outputs = [order.index(axis) for axis in outputs if use.shape[axis] > 1]
+    same_size = math.prod(view.shape) == use.sizes.outputs
     return use if fits and same_size and wide == outputs else None
-
-
-def _grid(shape: Shape) -> list[Shape]:
-    """All indices of an array of this shape, the last axis fastest."""
-    grid: list[Shape] = [()]
-    for size in shape:
-        grid = [(*index, k) for index in grid for k in range(size)]
-    return grid
 
 
 def find_uses(function: Any, leaves: list[Any], x_i: Any) -> Uses:
