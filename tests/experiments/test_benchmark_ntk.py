@@ -29,9 +29,7 @@ TANGENTS = [contender for contender in KERNELS if contender.family == "neural-ta
 def smoke(tmp_path_factory):
     """A run without peers, and its settings."""
     out = tmp_path_factory.mktemp("benchmark")
-    settings = NtkBenchmark(
-        smoke=True, parts=("peak", "models", "growth"), networks=("mlp",), peers=out / "none", out=out
-    )
+    settings = NtkBenchmark(smoke=True, networks=("mlp",), peers=out / "none", out=out)
     main(settings)
     return settings, json.loads((out / "results.json").read_text())
 
@@ -44,7 +42,13 @@ def test_smoke_run_measures_and_compares(smoke):
     assert len(record["rounds"]) >= settings.repeats
     assert all(set(run) == {ENTK.name, JACREV.name} for run in record["rounds"])
     assert all(run["peak_bytes"] > 0 and run["first_seconds"] > run["seconds"] for run in record["alone"].values())
+    assert record["plan"]["operations"] > 0
     assert done["peak"]["one core"]["operations_per_second"] > 1e8
+    moments = done["moments"]["mlp"]["alone"]
+    assert moments["gradient_moments"]["error"] < 1e-5
+    assert moments["vmap(grad)"]["error"] < 1e-5
+    assert not done["largest"]["stopped"]
+    assert done["largest"]["bytes"] <= 2**24
     assert [len(points) for points in done["growth"].values()] == [2]
     for name in ("kernels", "growth"):
         assert (settings.out / f"{name}.png").stat().st_size > 5_000
@@ -74,6 +78,9 @@ def test_readme_table_has_every_network_and_family(smoke):
     assert "| network | entk | jacrev + matmul | neural-tangents | torch.func |" in text
     assert f"| {TINY['mlp'].title}, n = 6, c = 3, p = 659 |" in text
     assert "| geometric mean of the ratios | 1.00x |" in text
+    assert "| network | batch gradient | gradient_moments | vmap(grad) |" in text
+    assert "Share that entk reaches" in text
+    assert "Largest kernel within" in text
 
 
 @pytest.mark.parametrize(
