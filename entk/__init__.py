@@ -16,6 +16,7 @@ from entk._moments import GradientMoments, gradient_moments
 from entk._ntk import empirical_ntk
 from entk._operator import NtkOperator, ntk_vector_product
 from entk._plan import plan
+from entk._sharded import sharded_ntk
 from entk._spectrum import spectral_density, top_eigenpairs
 from entk._structured import Structured
 from entk._trace import Hutchinson, XTrace, trace
@@ -39,6 +40,7 @@ __all__ = [
     "ntk_vector_product",
     "plan",
     "principal_angles",
+    "sharded_ntk",
     "spectral_density",
     "target_alignment",
     "top_eigenpairs",

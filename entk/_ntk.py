@@ -7,6 +7,7 @@ from typing import Protocol
 from jaxtyping import Array, Float
 
 from entk._checks import ApplyFn, OutputSpec, PyTree, check_apply_pair
+from entk._sharded import place_of_rows, sharded_ntk
 from entk._structured import Structured
 
 
@@ -45,7 +46,8 @@ def empirical_ntk(
       of params, or float32 where that is shorter. Sharded examples give sharded rows, see `sharded_ntk`.
 
     Raises:
-      TypeError, ValueError: as `jacobian`; also when x1 and x2 differ in their number of outputs.
+      TypeError, ValueError: as `jacobian`; also when x1 and x2 differ in their number of outputs, or x2 is
+        sharded by examples and x1 is not.
       MemoryError: K would not fit, or one example exceeds the strategy's budget; nothing has been allocated then.
 
     Cost: see `plan`; at most 2·n₁c·n₂c·p operations and the strategy's `workspace_bytes` beside the kernel. Products
@@ -64,6 +66,9 @@ def empirical_ntk(
       Array([[ 5., 11.],
              [11., 25.]], dtype=float64)
     """
+    place = place_of_rows(x1, x2)
+    if place:
+        return sharded_ntk(apply_fn, params, x1, x2, mesh=place.mesh, axis=place.axes, strategy=strategy)
     spec1, spec2 = check_apply_pair(apply_fn, params, x1, x2)
     strategy.check(params, spec1, spec2, x2 is None)
     return strategy.kernel(apply_fn, params, x1, x2)
