@@ -107,17 +107,15 @@ def _block_lanczos(matvec, key, size, dtype, rank, block_size, num_steps):
     width, keys = block_size * num_steps, jax.random.split(key, num_steps)
 
     def step(k, state):
-        basis, projected, remainder = state
-        block = _orthonormal(remainder, basis, keys[k])
+        basis, projected, image = state
+        block = _orthonormal(image, basis, keys[k])
         basis = jax.lax.dynamic_update_slice(basis, block, (0, k * block_size))
         image = matvec(block)
-        coefficients = basis.T @ image
-        projected = jax.lax.dynamic_update_slice(projected, coefficients, (0, k * block_size))
-        return basis, projected, image - basis @ coefficients
+        return basis, jax.lax.dynamic_update_slice(projected, basis.T @ image, (0, k * block_size)), image
 
     with model_precision():
         shapes = (size, width), (width, width), (size, block_size)
-        start = tuple(jnp.zeros(shape, dtype) for shape in shapes)  # no remainder: the first block is random
+        start = tuple(jnp.zeros(shape, dtype) for shape in shapes)  # no image yet: the first block is random
         basis, projected, _ = jax.lax.fori_loop(0, num_steps, step, start)
         # Column k was taken when the basis ended with block k: below the diagonal blocks it is empty.
         values, vectors = jnp.linalg.eigh(jnp.triu(projected) + jnp.triu(projected, 1).T)
@@ -278,12 +276,14 @@ def _exact_density(matvec, size, dtype, batch_size):
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
 def _quadrature(matvec, key, size, dtype, num_steps, num_probes, batch_size):
-    # Of matfree's two tridiagonalisations only this one reorthogonalises; no derivative of it is asked for.
-    lanczos = decomp.tridiag_sym(num_steps, materialize=False, reortho="full", custom_vjp=False)
+    # matfree's tridiag_sym averages both off-diagonals of this; the lower one alone, the norms of the remainders, says
+    # where the Krylov space is exhausted: after that vectors need not be orthogonal, and the upper one is of order 1.
+    arnoldi = decomp.hessenberg(num_steps, reortho="full", custom_vjp=False)
 
     def tridiagonal(key):
         start = jax.random.rademacher(key, (size,), dtype)
-        return lanczos(lambda vector, matvec: product(matvec, vector), start, matvec).J_small
+        projected = jnp.asarray(arnoldi(lambda vector, matvec: product(matvec, vector), start, matvec).J_small)
+        return jnp.diag(projected), jnp.diag(projected, -1)
 
     with model_precision():
         diagonals = jax.lax.map(tridiagonal, jax.random.split(key, num_probes), batch_size=batch_size)
@@ -294,7 +294,7 @@ def _quadrature(matvec, key, size, dtype, num_steps, num_probes, batch_size):
 def _nodes_and_weights(diagonal, off_diagonal):
     """The Gauss rule of a Lanczos process, cut where the Krylov space was exhausted (weight 0 from there on).
 
-    There the next vector is rounding noise, or 0 / 0: what follows a NaN or a vanishing off-diagonal entry is void.
+    There the next vector is rounding noise, or 0 / 0: what follows a NaN or a vanishing remainder is void.
     """
     known = jnp.where(jnp.isfinite(off_diagonal), off_diagonal, 0)
     scale = jnp.maximum(jnp.max(known, initial=0), jnp.max(jnp.abs(jnp.where(jnp.isfinite(diagonal), diagonal, 0))))
