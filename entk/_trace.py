@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 from matfree import stochtrace
 
 from entk._checks import check_count
-from entk._checks import check_count
 from entk._jacobian import model_precision
 from entk._matvec import LinearOperator, check_key, check_operator, matvec_of, product
 
