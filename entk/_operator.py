@@ -24,14 +24,14 @@ class NtkOperator:
     parameters and passed to a jitted function without compiling anew.
 
     Args:
-      apply_fn: pure function `(params, x) -> (n, c)` or `(n,)` that treats examples independently; static, so define it
-        once.
-      params: pytree whose floating-point leaves, p scalars in all, share one dtype.
+      apply_fn: pure function `(params, x) -> (n, ...)` that treats examples independently; c outputs an example, of any
+        shape, flattened by rows. Static, so define it once.
+      params: pytree whose floating-point leaves, p scalars in all, share one dtype; other leaves are constants.
       x1: inputs of the rows, n₁ examples.
       x2: inputs of the columns, n₂ examples; None means x1, and then the operator is symmetric and PSD.
       preconditioner: diagonal of M ⪰ 0, a pytree like params with its dtype, e.g. Adam's realized 1/(√v̂ + ε); entries
         at constant leaves of params are not used. None is the identity.
-      microbatch_size: examples whose activations are held at once; a remainder is allowed. None holds all.
+      microbatch_size: examples whose activations a product holds at once; a remainder is allowed. None holds all.
       probe_batch_size: columns of a block (N, r) that are multiplied at once; a remainder is allowed. None takes all r.
 
     Returns:
@@ -43,7 +43,8 @@ class NtkOperator:
         where its values are known, with entries that are negative or not finite; sizes that are not positive.
 
     Cost: nothing is computed here. A product takes about four forward passes a vector and holds
-    2·min(r, probe_batch_size)·p numbers beside the activations of microbatch_size examples.
+    min(r, probe_batch_size) copies of params, twice as many with a microbatch_size, beside the activations of
+    microbatch_size examples.
 
     Example:
       >>> import jax.numpy as jnp
@@ -102,7 +103,7 @@ class NtkOperator:
         return _multiply(self.T, vector, "row")
 
     def as_matrix(self) -> Float[Array, "n1c n2c"]:
-        """The matrix, by `empirical_ntk` and at its cost; MemoryError where it would not fit."""
+        """The matrix, by `empirical_ntk` with its own plan and at its cost; MemoryError where it would not fit."""
 
         def form(apply_fn, params):
             return empirical_ntk(apply_fn, params, self.x1, self.x2)
@@ -161,8 +162,7 @@ def ntk_vector_product(
       TypeError, ValueError: as `NtkOperator`; also a vector of the wrong length, rank or dtype.
       MemoryError: the copies of params would not fit; nothing has been allocated then.
 
-    Cost: about four forward passes a vector; 2·min(r, probe_batch_size) copies of params, and the activations of x1 and
-    x2 or of microbatch_size examples.
+    Cost: as a product of `NtkOperator`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -224,7 +224,7 @@ def _multiply(operator: NtkOperator, vector: Float[Array | np.ndarray, "n2c ..."
         held = min(operator.probe_batch_size or r, r)
         in_blocks = (operator.microbatch_size or length) * operator.num_outputs < length
         check_fits(
-            (1 + in_blocks) * held * p * vector.dtype.itemsize,  # the sum of gradients, and that of one block
+            (1 + in_blocks) * held * p * vector.dtype.itemsize,  # the sum of gradients, and those of one block
             f"pushing {held} probes at once through {p:,} {vector.dtype} parameters",
             "Pass a smaller probe_batch_size.",
         )
