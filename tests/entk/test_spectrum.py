@@ -296,10 +296,11 @@ def sample(k, method, number=200):
 
 
 def test_hutchinsons_errors_are_those_of_its_variance():
+    """Two probes, where a variance that is not unbiased is half of the true one."""
     k = dense(HARMONIC)
-    values, error = sample(k, Hutchinson(20))
-    exact = np.sqrt(2 * (np.sum(np.square(k.matrix)) - np.sum(np.square(np.diag(k.matrix)))) / 20)
-    assert error == pytest.approx(exact, rel=0.05)
+    values, error = sample(k, Hutchinson(2))
+    exact = np.sqrt(np.sum(np.square(k.matrix)) - np.sum(np.square(np.diag(k.matrix))))
+    assert error == pytest.approx(exact, rel=0.2)
     assert np.std(values) == pytest.approx(exact, rel=0.2)
     assert abs(np.mean(values) - HARMONIC.sum()) <= 4 * exact / np.sqrt(200)
 
@@ -392,7 +393,7 @@ def test_an_ensemble_of_operators():
     def moments(matrix, probe_batch_size=None):
         k = Dense(matrix)
         density = spectral_density(k, key=KEY, num_steps=20, num_probes=4, probe_batch_size=probe_batch_size)
-        return density.trace_of().value, trace(k, Hutchinson(20), key=KEY).value
+        return density.trace_of().value, trace(k, XTrace(8), key=KEY).value
 
     together = jax.vmap(lambda matrix: moments(matrix, 1))(jnp.stack([k.matrix for k in operators]))
     assert_close(together, np.transpose([moments(k.matrix) for k in operators]), 1e-11)
