@@ -206,6 +206,8 @@ def _divide(found: Uses | None, leaves: list[Array]) -> list[Part]:
     parts, in_a_part = [], set()
     reasons = dict(found.opaque)
     for leaf, uses in by_leaf.items():
+        if not leaves[leaf].size:
+            continue
         if leaf in reasons or leaf in found.biases:
             reasons.setdefault(leaf, "is a weight and a bias")
             continue

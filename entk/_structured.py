@@ -17,7 +17,6 @@ from entk._factors import FactoredModel, Part
 from entk._jacobian import PRECISION, map_examples
 from entk._products import Sizes
 
-CACHED_BYTES = 2**25
 SMALLEST_TRIANGLE = 256  # rows of K below which halving a diagonal block costs more than it saves
 
 
@@ -104,8 +103,6 @@ class Structured:
             )
         of_example = example_bytes(model, choices)
         left = self.workspace_bytes - workspace(model, choices, layout) + of_example
-        if jax.default_backend() == "cpu":
-            left = min(left, CACHED_BYTES)  # intermediate results that leave the cache cost a fifth more time
         return layout._replace(chunk=_whole_chunks(layout.rows, max(1, left // of_example)))
 
     def kernel(self, apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None) -> Array:
