@@ -106,7 +106,11 @@ def _outer(factors: Factors, inputs: int) -> Array:
         table = empty.at[rows, inside].add(cotangent.transpose(1, 2, 0, 3), mode="drop")
         return table.transpose(2, 0, 3, 1)
     outer = jnp.einsum(
-        "agrh,grd->gahd", cotangent, activation, precision=lax.Precision.HIGHEST, preferred_element_type=dtype
+        "grah,grd->gahd",
+        cotangent.transpose(1, 2, 0, 3),  # copies whole rows; left to the product, it would copy entry by entry
+        activation,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
     )
     return jnp.swapaxes(outer, 0, 1)
 

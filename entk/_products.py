@@ -183,35 +183,33 @@ class Conv(Use):
 
     def activation(self, operands):
         groups, positions, inputs, _ = self.sizes
-        numbers = self.params["dimension_numbers"]
-        x = operands[0].transpose(numbers.lhs_spec)  # (batch, features, *space)
-        pads = [(0, 0, 0), (0, 0, 0)]
-        pads += [
-            (*pad, step - 1) for pad, step in zip(self.params["padding"], self.params["lhs_dilation"], strict=True)
-        ]
-        x = lax.pad(x, jnp.zeros((), x.dtype), pads)
+        batch, features, *space = self.params["dimension_numbers"].lhs_spec
+        x = operands[0].transpose([batch, *space, features])
+        inner = [step - 1 for step in self.params["lhs_dilation"]]
+        pads = [(low, high, step) for (low, high), step in zip(self.params["padding"], inner, strict=True)]
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
         strides, dilation = self.params["window_strides"], self.params["rhs_dilation"]
-        pixels = tuple(self.shape[axis] for axis in numbers.out_spec[2:])
+        pixels = [self.shape[axis] for axis in self.params["dimension_numbers"].out_spec[2:]]
         patches = []
         for offset in _grid(self.kernel):
             start = [at * step for at, step in zip(offset, dilation, strict=True)]
             stop = [at + (count - 1) * stride + 1 for at, count, stride in zip(start, pixels, strides, strict=True)]
-            patches.append(lax.slice(x, [0, 0, *start], [*x.shape[:2], *stop], [1, 1, *strides]))
-        stacked = jnp.stack(patches, axis=2)  # (batch, features, offsets, *pixels)
-        stacked = stacked.reshape(x.shape[0], groups, inputs, -1)  # features of a group, then offsets
-        return stacked.transpose(1, 0, 3, 2).reshape(groups, positions, inputs)
+            patches.append(lax.slice(x, [0, *start, 0], [x.shape[0], *stop, x.shape[-1]], [1, *strides, 1]))
+        stacked = jnp.stack(patches, axis=-2).reshape(positions, len(patches), groups, -1)
+        return jnp.moveaxis(stacked, 2, 0).reshape(groups, positions, inputs)
 
     def cotangent(self, delta):
         lead = delta.ndim - len(self.shape)
         groups, positions, _, outputs = self.sizes
         batch, features, *space = self.params["dimension_numbers"].out_spec
-        delta = delta.transpose([*range(lead), *(lead + axis for axis in (features, batch, *space))])
-        delta = delta.reshape(*delta.shape[:lead], groups, outputs, positions)
-        return jnp.swapaxes(delta, -1, -2)
+        delta = delta.transpose([*range(lead), *(lead + axis for axis in (batch, *space, features))])
+        return jnp.moveaxis(delta.reshape(*delta.shape[:lead], positions, groups, outputs), -2, lead)
 
     def weight(self, base):
         groups, _, inputs, outputs = self.sizes
-        return jnp.swapaxes(base.transpose(self.layout[2]).reshape(groups, outputs, inputs), -1, -2)
+        features, channels, *space = self.layout[2]
+        filters = base.transpose([features, *space, channels]).reshape(groups, outputs, inputs)
+        return jnp.swapaxes(filters, -1, -2)
 
 
 @dataclass(frozen=True)
