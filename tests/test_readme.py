@@ -18,6 +18,25 @@ def test_the_example_runs_as_typed(tmp_path):
     assert (tmp_path / "report.png").exists()
 
 
+def test_the_tour_of_kernels_runs_as_typed(tmp_path):
+    (tour,) = re.findall(r"## Kernels of any size\n.*?```python\n(.*?)```", README, re.DOTALL)
+    model = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+def apply_fn(params, x):
+    return jnp.tanh(x @ params["in"]) @ params["out"]
+
+params = {"in": jnp.ones((3, 4)) / 3, "out": jnp.ones((4, 1))}
+x, y = jnp.arange(60.0).reshape(20, 3) / 60, jnp.ones((20, 1))
+"""
+    result = subprocess.run([sys.executable, "-c", model + tour], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "PositionPairs" in result.stdout
+    assert (tmp_path / "kernel.dat").stat().st_size == 20 * 20 * 4
+
+
 def test_the_results_table_is_the_one_the_scripts_wrote():
     table = README.split("<!-- results -->\n")[1].split("<!-- /results -->")[0]
     rows = [path.read_text() for path in sorted((ROOT / "results").glob("*/row.md"))]
