@@ -183,10 +183,12 @@ def _check_preconditioner(preconditioner: PyTree | None, params: PyTree) -> None
     if found != wanted:
         raise ValueError(f"preconditioner has the structure {found} and params {wanted}: {remedy}.")
     paths = jax.tree_util.tree_leaves_with_path(preconditioner)
+    entries = {}
     for (path, entry), parameter in zip(paths, jax.tree.leaves(params), strict=True):
         where = f"preconditioner{jax.tree_util.keystr(path)}"
         if not jnp.issubdtype(jnp.result_type(parameter), jnp.floating):
             continue
+        entries[where] = entry
         if jnp.shape(entry) != jnp.shape(parameter):
             raise ValueError(
                 f"{where} has shape {jnp.shape(entry)} and the parameters {jnp.shape(parameter)}: {remedy}."
@@ -196,15 +198,21 @@ def _check_preconditioner(preconditioner: PyTree | None, params: PyTree) -> None
                 f"{where} has dtype {jnp.result_type(entry)} and the parameters {jnp.result_type(parameter)}: "
                 f"cast it, e.g. jax.tree.map(jnp.{jnp.result_type(parameter)}, preconditioner)."
             )
-        try:
-            valid = bool(jnp.all((jnp.asarray(entry) >= 0) & jnp.isfinite(entry)))
-        except jax.errors.ConcretizationTypeError:  # traced: its values are not known yet
-            continue
-        if not valid:
+    try:
+        valid = np.asarray(_are_diagonals(list(entries.values())))
+    except jax.errors.TracerArrayConversionError:  # traced: its values are not known yet
+        return
+    for (where, entry), is_valid in zip(entries.items(), valid, strict=True):
+        if not is_valid:
             raise ValueError(
                 f"{where} has entries in [{jnp.min(entry)}, {jnp.max(entry)}], but M must be positive semi-definite: "
                 "every entry finite and at least 0. Pass the factor that multiplies the gradient, not a signed step."
             )
+
+
+@jax.jit
+def _are_diagonals(entries):
+    return jnp.stack([jnp.all((entry >= 0) & jnp.isfinite(entry)) for entry in entries])
 
 
 def _num_rows(x: PyTree) -> int:

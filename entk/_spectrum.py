@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from matfree import decomp
 
 from entk._checks import check_count, check_fits
-from entk._jacobian import model_precision
+from entk._jacobian import PRECISION, map_examples, model_precision
 from entk._matvec import LinearOperator, check_key, check_operator, matvec_of, product
 from entk._trace import Estimate, estimate_mean
 
@@ -187,7 +187,7 @@ class SpectralDensity(NamedTuple):
             raise ValueError(f"width={width} must be positive, in the unit of the eigenvalues.")
         distance = (jnp.asarray(grid)[:, None] - self.nodes.ravel()) / width
         peaks = jnp.exp(-(distance**2) / 2) / (width * jnp.sqrt(2 * jnp.pi).astype(distance.dtype))
-        return peaks @ self.weights.ravel() / len(self.nodes)
+        return jnp.matmul(peaks, self.weights.ravel(), precision=PRECISION) / len(self.nodes)
 
     def effective_rank(self) -> Estimate:
         """tr(K)² / tr(K²) with its standard error by the delta method (theory §2).
@@ -286,7 +286,7 @@ def _quadrature(matvec, key, size, dtype, num_steps, num_probes, batch_size):
         return jnp.diag(projected), jnp.diag(projected, -1)
 
     with model_precision():
-        diagonals = jax.lax.map(tridiagonal, jax.random.split(key, num_probes), batch_size=batch_size)
+        diagonals = map_examples(tridiagonal, jax.random.split(key, num_probes), batch_size)
         # One after the other: batches of LAPACK's eigh have crashed on CPUs of many cores (JAX issue 39292).
         return jax.lax.map(lambda pair: _nodes_and_weights(*pair), diagonals)
 
