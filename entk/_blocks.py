@@ -38,6 +38,9 @@ class NtkBlocks(Sequence):
       block_size: examples of x1 and of x2 in one block, c·block_size rows and columns; smaller at the end.
       strategy: how each block is computed, as for `empirical_ntk`.
 
+    Returns:
+      A sequence of `NtkBlock(rows, columns, values)` with the kernel's `shape` and `dtype`, and `write_to(out)`.
+
     Raises:
       TypeError, ValueError: as `empirical_ntk`; a block_size that is not positive.
       MemoryError: a block would not fit.

@@ -16,11 +16,28 @@ from entk._jacobian import PRECISION, example_jacobian, map_examples
 
 @dataclass(frozen=True)
 class FullJacobian:
-    """`vmap(jacrev)` and a product a leaf: 2·n₁c·n₂c·p operations, (n₁ + n₂)·c·p numbers held.
+    """`vmap(jacrev)` and a product a leaf: the simple strategy, on any model that autodiff takes.
 
-    Attributes:
+    Args:
       microbatch_size: examples of x1 and of x2 whose Jacobians are held at once; the Jacobian of x1 is then formed anew
         for every block of x2. None holds both Jacobians whole.
+
+    Returns:
+      A strategy for `empirical_ntk`.
+
+    Raises:
+      ValueError: a microbatch_size that is not a positive integer.
+      MemoryError: from `empirical_ntk`, where the Jacobians held at once would not fit.
+
+    Cost: 2·n₁c·n₂c·p operations; (n₁ + n₂)·c·p numbers (n₁·c·p for x2=None), with microbatch_size b 2·b·c·p, and twice
+    the kernel.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entk import FullJacobian, empirical_ntk
+      >>> empirical_ntk(lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), strategy=FullJacobian(microbatch_size=1))
+      Array([[1., 0.],
+             [0., 1.]], dtype=float64)
     """
 
     microbatch_size: int | None = None

@@ -22,12 +22,24 @@ BLOCK_BYTES = 2**26  # of per-example gradients and intermediate results, where 
 
 
 class GradientMoments(NamedTuple):
-    """Moments of the gradients g_i of n examples, under the names that optax gives them.
+    """Moments of the gradients g_i of n examples, under the names that optax gives them; see `gradient_moments`.
 
-    Attributes:
+    Args:
       mean_grads: ḡ = (1/n) Σ g_i, a pytree like params.
       sum_sq_diff_grads: Σ (g_i − ḡ)², entry by entry, a pytree like params.
       sample_size: n.
+
+    Returns:
+      A named tuple.
+
+    Raises: nothing.
+
+    Cost: two copies of params.
+
+    Example:
+      >>> from entk import GradientMoments
+      >>> GradientMoments(0.5, 2.0, 8).sum_sq_diff_grads / 7  # the unbiased variance of one example's gradient
+      0.2857142857142857
     """
 
     mean_grads: PyTree
