@@ -44,7 +44,7 @@ def test_every_strategy_on_every_model(model):
 
     @jax.jit
     def everything(params, x1, x2):
-        k_qs = [empirical_ntk(apply_fn, params, x2, x1, strategy=each) for each in (Structured(), PAIRS, BLOCKS)]
+        k_qs = [empirical_ntk(apply_fn, params, x2, x1, strategy=each) for each in (PAIRS, BLOCKS)]
         return jacobian(apply_fn, params, x1), jacobian(apply_fn, params, x2), empirical_ntk(apply_fn, params, x1), k_qs
 
     with quick_compilation():
@@ -66,7 +66,7 @@ def sequence_model(params, x):
     return jnp.sin((mixed * back).mean(1) @ params["w_out"])
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     seed=st.integers(0, 2**31),
     n=st.integers(1, 5),
@@ -288,7 +288,7 @@ def test_no_contractions():
 
 
 @pytest.mark.parametrize("strategy", [None, FullJacobian()])
-@pytest.mark.parametrize("block_size", [1, 2, 4, 100])
+@pytest.mark.parametrize("block_size", [2, 100])
 @pytest.mark.parametrize("columns", [None, 5])
 def test_blocks_put_together_are_the_kernel(tmp_path, block_size, columns, strategy):
     params, x1 = init(3), batch(3, 7)
