@@ -171,7 +171,7 @@ def _evaluate(scope: Scope, args: list[Array], taps: dict[int, Array]) -> tuple[
 def _bind(eqn: Any, operands: list[Array]) -> list[Array]:
     """One equation as it stands, custom derivative rules included."""
     params = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = params if isinstance(params, tuple) else ((), params)  # a pair before JAX 0.10.2
+    functions, params = params if isinstance(params, tuple) else ((), params)  # a pair in older releases
     results = eqn.primitive.bind(*functions, *operands, **params)
     return results if eqn.primitive.multiple_results else [results]
 
