@@ -131,14 +131,15 @@ def _join(uses: tuple[Use, ...], activations: dict[int, Array], cotangents: dict
     one_hot = any(isinstance(use, Lookup) for use in uses) and not all(isinstance(use, Lookup) for use in uses)
     seen, pulled = [], []
     for use in uses:
-        activation = activations[use.index]
+        activation, cotangent = activations[use.index], use.cotangent(cotangents[use.index])
         if isinstance(use, Lookup) and one_hot:
-            activation = jax.nn.one_hot(activation, use.sizes[2], dtype=use.dtype)
-        if use.view.scale != 1.0:
-            scale = use.view.scale
-            pulled.append(use.merge_loops(use.cotangent(cotangents[use.index]), 1, 1) * scale)
-        else:
-            pulled.append(use.merge_loops(use.cotangent(cotangents[use.index]), 1, 1))
+            activation = jax.nn.one_hot(activation, use.sizes.inputs, dtype=use.dtype)
+        if use.view.scale != 1.0:  # of the weight alone: a bias has the cotangent as it is, an index cannot be scaled
+            if isinstance(use, Lookup):
+                cotangent = cotangent * use.view.scale
+            else:
+                activation = activation * use.view.scale
+        pulled.append(use.merge_loops(cotangent, 1, 1))
         seen.append(use.merge_loops(activation, 0, activation.ndim - len(use.loops) - 2))
     return Factors(jnp.concatenate(seen, axis=1), jnp.concatenate(pulled, axis=2))
 

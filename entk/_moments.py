@@ -138,7 +138,7 @@ def _moments(loss_fn, params, batch, microbatch_size):
     whole = n // size * size
     blocks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, size, *leaf.shape[1:]), batch)
     zeros = [jnp.zeros(leaf.shape, _wide(leaf)) for leaf in leaves]
-    state = jnp.zeros((), model.dtype), zeros, zeros
+    state = jnp.zeros((), jnp.promote_types(model.dtype, jnp.float32)), zeros, zeros  # bfloat16 counts to 256
     state, _ = lax.scan(lambda state, block: (join(state, block), None), state, blocks)
     if whole < n:
         state = join(state, jax.tree.map(lambda leaf: leaf[whole:], batch))

@@ -97,6 +97,16 @@ def test_float32_rounds_by_the_squares_and_never_goes_negative():
     assert (np.asarray(same.sum_sq_diff_grads) >= 0).all()
 
 
+def test_many_microbatches_of_bfloat16_are_counted_exactly():
+    """bfloat16 has no whole numbers between 256 and 258."""
+    data = np.arange(600.0)[:, None] % 7
+    moments = gradient_moments(
+        lambda w, x: x @ w, jnp.zeros(1, jnp.bfloat16), jnp.asarray(data, jnp.bfloat16), microbatch_size=1
+    )
+    assert_close(moments.mean_grads, data.mean(0), 1e-4)
+    assert_close(moments.sum_sq_diff_grads, ((data - data.mean(0)) ** 2).sum(0), 1e-4)
+
+
 def test_nothing_of_size_examples_times_parameters_is_held():
     """784-512-512-10, b = 256: per-example gradients would take 1.3 GiB in float64."""
     shapes = [(784, 512), (512, 512), (512, 10)]

@@ -114,6 +114,24 @@ def test_blocks_of_two_examples_make_the_same_kernel(name):
     assert_close(empirical_ntk(apply_fn, params, x2, x1, strategy=strategy), jac2 @ jac1.T, 1e-10)
 
 
+@pytest.mark.parametrize("strategy", [PAIRS, BLOCKS])
+def test_a_bias_of_a_scaled_weight_and_of_stacked_layers(strategy):
+    """The weight's factor is not the bias's, and a bias shared by stacked layers has one cotangent for all of them."""
+    rng = np.random.default_rng(4)
+    params = {"w": rng.normal(size=(3, 3)), "b": rng.normal(size=3), "layers": rng.normal(size=(4, 3, 3))}
+    params["shared"] = rng.normal(size=3)
+
+    def model(params, x):
+        hidden = jnp.tanh(x @ (params["w"] * 0.5) + params["b"])
+        return jnp.sin(
+            jax.lax.scan(lambda h, w: (jnp.tanh(h @ w + params["shared"]), None), hidden, params["layers"])[0]
+        )
+
+    x = rng.normal(size=(5, 3))
+    (jac,) = rows(model, params, x)
+    assert_close(empirical_ntk(model, params, x, strategy=strategy), jac @ jac.T, 1e-10)
+
+
 def test_lengths_may_differ_even_where_the_uses_then_do():
     """A model that uses its weight once on short sequences and twice on long ones has no common factors."""
 
