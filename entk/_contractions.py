@@ -144,7 +144,8 @@ class PositionPairs:
 
     Raises: nothing.
 
-    Cost: R²D + cR²H + c²RH multiply-adds a pair of examples, D + c²H for one position; R·(D + c·H) numbers an example.
+    Cost: R²D + cR²H + c²RH multiply-adds a pair of examples; D + c²H for one position, also where the cotangents of all
+    other positions turn out to be zero (a next-token model's last block). R·(D + c·H) numbers an example.
 
     Example:
       >>> import jax.numpy as jnp
@@ -204,6 +205,30 @@ def _pairs(rows: Factors, columns: Factors, bias: bool, precision: lax.Precision
         pulled = product(rows.cotangent.reshape(-1, outputs), columns.cotangent.reshape(-1, outputs), precision)
         return (pulled.reshape(n1, c, n2, c) * seen[:, None, :, None]).reshape(n1 * c, n2 * c)
 
+    def single(rows, columns):
+        return _pairs(_only_position(rows), _only_position(columns), bias, precision)
+
+    def every(rows, columns):
+        return _position_pairs(rows, columns, bias, precision)
+
+    return lax.cond(_at_one_position(rows) & _at_one_position(columns), single, every, rows, columns)
+
+
+def _at_one_position(factors: Factors) -> Array:
+    """Whether every example has cotangents at one position at most, as in the last block of a next-token model."""
+    used = (factors.cotangent != 0).any((2, 3))
+    return (used.sum(1) <= 1).all()
+
+
+def _only_position(factors: Factors) -> Factors:
+    index = (factors.cotangent != 0).any((2, 3)).argmax(1)
+    return Factors(*(jax.vmap(lambda array, k: array[k][None])(array, index) for array in factors))
+
+
+def _position_pairs(rows: Factors, columns: Factors, bias: bool, precision: lax.PrecisionLike) -> Array:
+    """`_pairs` at many positions."""
+    (n1, r1, c, outputs), (n2, r2) = rows.cotangent.shape, columns.cotangent.shape[:2]
+    dtype = jnp.promote_types(rows.cotangent.dtype, jnp.float32)
     # A tile of t1 rows and t2 columns multiplies `width` of the outputs at a time, so that what stands between its two
     # products stays in the cache; larger tiles run at half the speed on a CPU.
     limit = CACHED_NUMBERS if jax.default_backend() == "cpu" else 64 * CACHED_NUMBERS
@@ -211,31 +236,33 @@ def _pairs(rows: Factors, columns: Factors, bias: bool, precision: lax.Precision
     t1 = _even(n1, max(1, min(16, limit // (r1 * c * width))))
     t2 = max(1, min(n2, limit // (t1 * r1 * c * width)))
     pulled1, pulled2 = (_pad(_pad(one.cotangent, 3, width), 0, size) for one, size in ((rows, t1), (columns, 1)))
-    pulled1 = pulled1.reshape(-1, t1 * r1, c, pulled1.shape[3] // width, width).transpose(0, 3, 1, 2, 4)
-    pulled2 = pulled2.reshape(n2, r2, c, -1, width).transpose(0, 3, 1, 2, 4)
+    pulled1 = pulled1.reshape(-1, t1 * r1, *pulled1.shape[2:])
+    pulled1, pulled2 = (jnp.moveaxis(one.reshape(*one.shape[:3], -1, width), 3, 0) for one in (pulled1, pulled2))
     seen1 = _pad(rows.activation, 0, t1)
     seen1 = seen1.reshape(-1, t1 * r1, *seen1.shape[2:])
 
-    def of_rows(row):
-        seen_i, pulled_i = row
+    def some_outputs(pulled):
+        pulled1, pulled2 = pulled
 
-        def of_column(column):
-            seen_j, pulled_j = column
-            seen = _gram(seen_i, seen_j, dtype, precision) + bias  # (t1·R, R)
+        def of_rows(row):
+            seen_i, pulled_i = row
 
-            def add(total, pulled):
-                left, right = pulled
-                right = product(seen, right.reshape(r2, -1).T, precision).reshape(t1 * r1, c, width)
+            def of_column(column):
+                seen_j, pulled_j = column
+                seen = _gram(seen_i, seen_j, dtype, precision) + bias  # (t1·R, R)
+                right = product(seen, pulled_j.reshape(r2, -1).T, precision).reshape(t1 * r1, c, width)
                 blocks = jnp.einsum(
-                    "xah,xbh->xab", left, right, precision=precision, preferred_element_type=right.dtype
+                    "xah,xbh->xab", pulled_i, right, precision=precision, preferred_element_type=right.dtype
                 )
-                return total + blocks.reshape(t1, r1, c, c).sum(1), None
+                return blocks.reshape(t1, r1, c, c).sum(1)
 
-            return lax.scan(add, jnp.zeros((t1, c, c), seen.dtype), (pulled_i, pulled_j))[0]
+            return lax.map(of_column, (columns.activation, pulled2), batch_size=t2)  # (n2, t1, c, c)
 
-        return lax.map(of_column, (columns.activation, pulled2), batch_size=t2)  # (n2, t1, c, c)
+        return lax.map(of_rows, (seen1, pulled1))  # (n1 / t1, n2, t1, c, c)
 
-    blocks = lax.map(of_rows, (seen1, pulled1))  # (n1 / t1, n2, t1, c, c)
+    first = some_outputs((pulled1[0], pulled2[0]))
+    rest = pulled1[1:], pulled2[1:]
+    blocks, _ = lax.scan(lambda total, pulled: (total + some_outputs(pulled), None), first, rest)
     return blocks.transpose(0, 2, 3, 1, 4).reshape(-1, n2 * c)[: n1 * c]
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from jax import Array, lax
 
 from entk._checks import ApplyFn, PyTree
+from entk._convolution import convolution
 from entk._jacobian import model_precision
 from entk._params import differentiable
-from entk._products import Lookup, Sizes, Use
+from entk._products import Conv, Lookup, Sizes, Use
 from entk._uses import Scope, Uses, find_uses
 
 
@@ -160,8 +161,10 @@ def _evaluate(scope: Scope, args: list[Array], taps: dict[int, Array]) -> tuple[
             run = _evaluate_scan if eqn.primitive.name == "scan" else _evaluate_inlined
             results, seen = run(eqn, inner, operands, {index: taps[index] for index in wanted})
             activations.update(seen)
+        elif isinstance(use, Conv) and use.index in taps:
+            results = [convolution(eqn, *operands)]
         else:
-            results = _bind(eqn, operands)
+            results = bind_equation(eqn, operands)
         if use is not None and use.index in taps:
             activations[use.index] = use.activation(operands)
             results = [results[0] + taps[use.index]]
@@ -169,7 +172,7 @@ def _evaluate(scope: Scope, args: list[Array], taps: dict[int, Array]) -> tuple[
     return [read(var) for var in scope.jaxpr.outvars], activations
 
 
-def _bind(eqn: Any, operands: list[Array]) -> list[Array]:
+def bind_equation(eqn: Any, operands: list[Array]) -> list[Array]:
     """One equation as it stands, custom derivative rules included."""
     params = eqn.primitive.get_bind_params(eqn.params)
     functions, params = params if isinstance(params, tuple) else ((), params)  # a pair in older releases

@@ -135,6 +135,9 @@ def _moments(loss_fn, params, batch, microbatch_size):
         )
         return count + more, mean, spread
 
+    if size == n:
+        return of_block(batch)
+
     whole = n // size * size
     blocks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, size, *leaf.shape[1:]), batch)
     zeros = [jnp.zeros(leaf.shape, _wide(leaf)) for leaf in leaves]

@@ -17,7 +17,9 @@ from entk._factors import FactoredModel, Part
 from entk._jacobian import PRECISION, map_examples
 from entk._products import Sizes
 
-SMALLEST_TRIANGLE = 256  # rows of K below which halving a diagonal block costs more than it saves
+CHUNK_BYTES = 2**26  # of examples differentiated at once: more is no faster
+SMALLEST_TILE = 160  # rows of K: smaller matrices are multiplied more slowly than one triangle saves
+MOST_TILES = 8  # a side of the triangle, of which (1 + 1/8)/2 is computed
 
 
 class Choice(NamedTuple):
@@ -119,7 +121,7 @@ class Structured:
                 "forms no kernel."
             )
         of_example = example_bytes(model, choices)
-        left = self.workspace_bytes - workspace(model, choices, layout) + of_example
+        left = min(self.workspace_bytes - workspace(model, choices, layout) + of_example, CHUNK_BYTES)
         return layout._replace(chunk=_whole_chunks(layout.rows, max(1, left // of_example)))
 
     def kernel(self, apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None) -> Array:
@@ -138,22 +140,26 @@ def example_bytes(model: FactoredModel, choices: list[Choice]) -> int:
 def workspace(model: FactoredModel, choices: list[Choice], layout: Layout) -> int:
     """Bytes held beside K: what is kept of the examples of a block, its copies while it is cut, tiles, one chunk."""
     size = model.dtype.itemsize
-    plain, tiled = (
-        sum(choice.cost.stored for choice in choices if choice.contraction.is_tiled(choice.part) == wanted) * size
-        for wanted in (False, True)
-    )
+    stored = sum(choice.cost.stored for choice in choices) * size
     tile = 2 * max(choice.cost.tile for choice in choices) * max(size, 4)
-    pairs = layout.rows * layout.columns
-    if layout.triangle:
-        held = layout.rows * (6 * plain + 5 * tiled) // 2 + pairs // 4 * tile
+    rows, columns = layout.rows, layout.columns
+    if layout.triangle:  # all examples, and twice the copies of one pair of tiles
+        rows = columns = tile_size(layout.rows, model.num_outputs)
+        held = layout.rows * stored + 2 * (rows + columns) * stored + rows * columns * tile
     else:
-        held = 2 * (layout.rows + layout.columns) * (plain + tiled) + pairs * tile
+        held = 2 * (rows + columns) * stored + rows * columns * tile
+    pairs = rows * columns
     scratch = max(
         min(CACHED_NUMBERS, pairs * sizes.positions * model.num_outputs * sizes.outputs)
         for choice in choices
         for sizes in (choice.part.sizes if choice.contraction.is_tiled(choice.part) else (Sizes(0, 0, 0, 0),))
     )
     return held + 2 * scratch * max(size, 4) + layout.chunk * example_bytes(model, choices)
+
+
+def tile_size(n: int, num_outputs: int) -> int:
+    """Examples in a tile of the triangle."""
+    return -(-n // min(n, MOST_TILES, max(1, n * num_outputs // SMALLEST_TILE)))
 
 
 def _whole_chunks(total: int, most: int) -> int:
@@ -238,47 +244,18 @@ def contract(choices: Sequence[Choice], left: Sequence[PyTree], right: Sequence[
 
 
 def _one_triangle(choices: list[Choice], prepared: list[PyTree], n: int, c: int, dtype: Any, precision: Any) -> Array:
-    """K of n prepared examples with itself: blocks on and below the diagonal, and their transposes.
+    """K of n prepared examples with itself: tiles on and below the diagonal, and their transposes.
 
-    Parts that are plain matrix products are cut into halves of halves, large products with few copies; the others work
-    in small tiles anyway, and a loop over tiles holds the slices of one pair of tiles at a time.
+    A loop over pairs of tiles holds the copies of one pair at a time.
     """
-    smallest = max(SMALLEST_TRIANGLE, n * c // 8)
+    size = tile_size(n, c)
+    starts = [min(k * size, n - size) for k in range(-(-n // size))]  # the last tile overlaps the one before
 
-    def halves(start, stop):
-        if (stop - start) * c <= smallest or stop - start == 1:
-            return [((start, stop), (start, stop))]
-        middle = (start + stop) // 2
-        return [((middle, stop), (start, middle)), *halves(start, middle), *halves(middle, stop)]
+    def fill(kernel, pair):
+        left, right = (jax.tree.map(lambda leaf, k=k: lax.dynamic_slice_in_dim(leaf, k, size), prepared) for k in pair)
+        values = contract(choices, left, right, precision)
+        kernel = lax.dynamic_update_slice(kernel, values, (pair[0] * c, pair[1] * c))
+        return lax.dynamic_update_slice(kernel, values.T, (pair[1] * c, pair[0] * c)), None
 
-    tiled = [choice.contraction.is_tiled(choice.part) for choice in choices]
-    plain, loops = (
-        [(choice, one) for choice, one, tile in zip(choices, prepared, tiled, strict=True) if tile == wanted]
-        for wanted in (False, True)
-    )
-    kernel = jnp.zeros((n * c, n * c), dtype)
-    if loops:
-        chosen, arrays = zip(*loops, strict=True)
-        size = min(n, max(1, 2 * SMALLEST_TRIANGLE // c))
-        starts = [min(k * size, n - size) for k in range(-(-n // size))]  # the last tile overlaps the one before
-
-        def fill(kernel, pair):
-            left, right = (
-                jax.tree.map(lambda leaf, k=k: lax.dynamic_slice_in_dim(leaf, k, size), arrays) for k in pair
-            )
-            values = contract(chosen, left, right, precision)
-            kernel = lax.dynamic_update_slice(kernel, values, (pair[0] * c, pair[1] * c))
-            return lax.dynamic_update_slice(kernel, values.T, (pair[1] * c, pair[0] * c)), None
-
-        pairs = jnp.array([(row, column) for k, row in enumerate(starts) for column in starts[: k + 1]])
-        kernel, _ = lax.scan(fill, kernel, pairs)
-    if plain:
-        chosen, arrays = zip(*plain, strict=True)
-        for rows, columns in halves(0, n):
-            left, right = (jax.tree.map(lambda leaf, k=k: leaf[slice(*k)], arrays) for k in (rows, columns))
-            values = contract(chosen, left, left if rows == columns else right, precision)
-            below = slice(rows[0] * c, rows[1] * c), slice(columns[0] * c, columns[1] * c)
-            kernel = kernel.at[below].add(values)
-            if rows != columns:
-                kernel = kernel.at[below[::-1]].add(values.T)
-    return kernel
+    pairs = jnp.array([(row, column) for k, row in enumerate(starts) for column in starts[: k + 1]])
+    return lax.scan(fill, jnp.zeros((n * c, n * c), dtype), pairs)[0]

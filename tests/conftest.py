@@ -1,5 +1,8 @@
 """Settings of the whole test session.
 
+Programs are compiled fast rather than well, also in processes that tests start: most of them run once, on a handful of
+numbers. Tests of something that has to work just as a user runs it start a process with `users_environment`.
+
 float64 is on everywhere (`jax_enable_x64`), because identities are asserted in it; a test of a float32 path passes
 float32 arrays. Figures are drawn without a screen. Hypothesis draws the same examples on every run in CI and never
 fails a test for being slow: the first call compiles.
@@ -7,9 +10,15 @@ fails a test for being slow: the first call compiles.
 
 import os
 
-import hypothesis
-import jax
-import matplotlib
+# XLA reads its flags when its backend starts. The fusion emitters take half of all compilation time.
+FAST = ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+OWN_FLAGS = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in FAST]
+os.environ |= {"XLA_FLAGS": " ".join([*OWN_FLAGS, *FAST]), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import matplotlib  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 matplotlib.use("Agg")
@@ -17,3 +26,11 @@ matplotlib.use("Agg")
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture
+def users_environment():
+    """The environment without what makes compilation fast here."""
+    environment = {**os.environ, "XLA_FLAGS": " ".join(OWN_FLAGS)}
+    del environment["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+    return environment

@@ -9,9 +9,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs_as_typed(tmp_path):
+def test_the_example_runs_as_typed(tmp_path, users_environment):
     (example,) = re.findall(r"## Example\n\n```python\n(.*?)```", README, re.DOTALL)
-    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, "-c", example]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=users_environment)
     assert result.returncode == 0, result.stderr
     assert "Identities" in result.stdout
     assert "NO" not in result.stdout  # an identity that does not hold

@@ -19,6 +19,7 @@ from experiments.benchmarks._ntk_workers import COMPILE_LIMIT, Contender, Stoppe
 TOLERANCE = 1e-3
 ROUNDS_BUDGET = 30.0  # seconds of rounds after which no more than the asked number are run
 MAX_ROUNDS = 10
+LONG_ROUND = 120.0  # seconds after which a single round has to do
 SLOWER_VARIANT = 3.0  # times its family's fastest so far, after which a variant is given up
 LEAST_LIMIT = 5.0  # seconds that every variant gets
 
@@ -82,14 +83,14 @@ def measure(bench: Bench, network: Network, contenders: Sequence[Contender], rec
     contender's result and for the choice within a family. The chosen processes stay, and are called in turn, the
     order rotated from round to round. What `record` holds already is not measured again.
     """
-    if record.get("sources") != bench.sources and len(record.get("rounds", ())) < bench.repeats:
+    if record.get("sources") != bench.sources and _another_round(record.get("rounds", []), bench.repeats):
         record.clear()
     if not record:
         record |= {"title": network.title, "n": network.n, "c": num_outputs(network), "p": num_params(network)}
         record |= {"sources": bench.sources, "alone": {}, "rounds": []}
     missing = [contender for contender in contenders if contender.name not in record["alone"]]
     chosen = _chosen(record, contenders)
-    if not missing and (not chosen or len(record["rounds"]) >= bench.repeats):
+    if not missing and (not chosen or not _another_round(record["rounds"], bench.repeats)):
         other = "" if record["sources"] == bench.sources else ", with other sources of entk: --fresh measures anew"
         bench.say(f"  measured before{other}")
         return
@@ -202,7 +203,7 @@ def _rounds(bench: Bench, spec, chosen: list[Contender], record) -> None:
             _qualify(bench, spec, contender, bench.work / "result.npy")
     chosen = [contender for contender in chosen if contender.name in bench.alive]
     timed = record["rounds"]
-    while chosen and (len(timed) < bench.repeats or (len(timed) < MAX_ROUNDS and _spent(timed) < ROUNDS_BUDGET)):
+    while chosen and _another_round(timed, bench.repeats):
         turn = len(timed) % len(chosen)
         run = {}
         for contender in chosen[turn:] + chosen[:turn]:
@@ -218,6 +219,12 @@ def _rounds(bench: Bench, spec, chosen: list[Contender], record) -> None:
     medians = {contender.name: median_seconds(record, contender.name) for contender in chosen}
     listed = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in medians.items())
     bench.say(f"  median of {len(timed)} rounds: {listed}")
+
+
+def _another_round(timed: list[dict[str, float]], repeats: int) -> bool:
+    if not timed or len(timed) < repeats:
+        return not timed or _spent(timed) < LONG_ROUND
+    return len(timed) < MAX_ROUNDS and _spent(timed) < ROUNDS_BUDGET
 
 
 def _spent(timed: list[dict[str, float]]) -> float:

@@ -23,7 +23,7 @@ from experiments._results import ROOT
 SCRIPTS = Path(__file__).parent / "workers"
 PEERS = ("neural-tangents", "torch")  # each has its pins in workers/NAME.txt and gets an environment of its own
 START_LIMIT = 120.0  # seconds to import a framework and load the weights
-COMPILE_LIMIT = 180.0  # seconds that a first call may take on top of the limit of a call
+COMPILE_LIMIT = 90.0  # seconds that a first call may take on top of the limit of a call
 RESERVE = 2**29  # bytes that have to stay available, so that nothing else on the machine is pushed out
 
 

@@ -91,8 +91,8 @@ class NtkBenchmark:
     Attributes:
       parts: what to measure. Everything measured is kept in `out` at once, and not measured again.
       networks: of the parts `models` (all of them) and `moments` (mlp and cnn).
-      repeats: paired rounds, at least.
-      limit: seconds a call may take; a first call, which compiles, may take three minutes more.
+      repeats: paired rounds, at least; one where a round takes over two minutes.
+      limit: seconds a call may take; a first call, which compiles, may take 90 s more.
       memory: GiB a process may hold; by default all that is available at the start but half a GiB.
       largest: GiB that the largest kernel may take with all it needs.
       seed: of weights and inputs.

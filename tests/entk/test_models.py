@@ -203,15 +203,6 @@ UNSEEN = {"frozen_parameters", "weight_through_bfloat16"}  # where the derivativ
 SYMMETRIC_BLOCKS = {"linear_without_bias", "one_output_without_an_axis"}
 
 
-@pytest.fixture
-def quick_compilation():
-    """79 programs are compiled to be run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("model", ZOO, ids=lambda model: model.name)
 def test_zoo(model):
     """The Jacobian along a direction is the slope of the outputs; and the model is one on which faults show."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import _results
+from experiments.__main__ import main as experiments
 from experiments._digits import digits
 from experiments.benchmarks.flow import METHODS, FlowBenchmark
 from experiments.benchmarks.flow import main as benchmark_flow
@@ -104,11 +105,18 @@ def test_readme_table_is_made_of_the_rows_in_results(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["nothing"], "nothing"), (["quickstart", "--loss", "hinge"], "hinge"), (["quickstart", "--widht", "3"], "widht")],
+    ("arguments", "message"), [(["nothing"], "nothing"), (["quickstart", "--loss", "hinge"], "hinge")]
 )
-def test_wrong_arguments_are_refused_by_name(arguments, message):
-    command = [sys.executable, "-m", "experiments", *arguments]
+def test_wrong_arguments_are_refused_by_name(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experiments", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        experiments()
+    assert stopped.value.code not in (0, None)
+    assert message in "".join(capsys.readouterr())
+
+
+def test_a_misspelt_setting_stops_the_command():
+    command = [sys.executable, "-m", "experiments", "quickstart", "--widht", "3"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(_results.__file__).parent.parent)
     assert result.returncode != 0
-    assert message in result.stdout + result.stderr
+    assert "widht" in result.stdout + result.stderr
