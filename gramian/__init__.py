@@ -10,6 +10,7 @@ from gramian._flow import Flow, gradient_flow
 from gramian._frozen import FrozenKernel, freeze
 from gramian._identities import Identity, identities
 from gramian._integrator import FlowState, Integrator, StepInfo
+from gramian._krylov import RitzPairs, ritz_pairs
 from gramian._losses import (
     OutputLoss,
     convex_loss,
@@ -27,10 +28,13 @@ from gramian._observables import (
     TestKernelTop,
 )
 from gramian._operators import Operators, init_operators, update_operators
+from gramian._realized import RealizedOperator, RealizedPath, dense_operators
+from gramian._recording import Recorder, Recording, minibatches, record_training
 from gramian._reference import reference_flow
 from gramian._report import Report, Risk, analyze
 from gramian._source import KernelSource
 from gramian._steppers import ExponentialEuler, ExponentialMidpoint, KernelPoint, Step, Stepper
+from gramian._training_report import TrainingReport, analyze_training
 
 __all__ = [
     "AboveThreshold",
@@ -59,16 +63,24 @@ __all__ = [
     "Observable",
     "Operators",
     "OutputLoss",
+    "RealizedOperator",
+    "RealizedPath",
+    "Recorder",
+    "Recording",
     "Report",
     "Risk",
+    "RitzPairs",
     "Step",
     "StepInfo",
     "Stepper",
     "TestKernelTop",
     "TraceShare",
+    "TrainingReport",
     "analyze",
+    "analyze_training",
     "convex_loss",
     "coupling",
+    "dense_operators",
     "fill_order",
     "four_cells",
     "freeze",
@@ -76,7 +88,10 @@ __all__ = [
     "identities",
     "init_operators",
     "logistic_loss",
+    "minibatches",
+    "record_training",
     "reference_flow",
+    "ritz_pairs",
     "signal_channel",
     "softmax_cross_entropy",
     "squared_loss",

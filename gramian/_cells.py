@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -71,21 +72,31 @@ def four_cells(flow: Flow, channel: Channel, clean_loss: OutputLoss | None = Non
         signal = np.asarray(clean_loss.grad(flow.source.outputs(flow.params0)[0]))
         parts = {"signal": signal, "noise": g - signal}
     p, w, _, transfer = (np.asarray(operator) for operator in flow.require_operators())
+    return cells_of(parts, channel, lambda v: (p @ v, np.sum(v * (w @ v), axis=0), transfer @ v))
 
-    def energies(v):
-        return np.array([v @ v, v @ (w @ v), np.sum((transfer @ v) ** 2)])
 
-    total = energies(g)
-    if total[2] == 0:
-        total[2] = np.nan
+def cells_of(
+    parts: Mapping[str, np.ndarray],
+    channel: Channel,
+    respond: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> tuple[Cell, ...]:
+    """The cells of parts that add up to g; `respond(V)` gives P V, the diagonal of VᵀW V, and G V for columns V."""
+    named = [
+        (part, space, project(vector))
+        for part, vector in parts.items()
+        for space, project in (("channel", channel.signal), ("reservoir", channel.reservoir))
+    ]
+    whole = np.sum(list(parts.values()), axis=0)
+    vectors = np.stack([whole, *(vector for *_, vector in named)], axis=1)
+    propagated, dissipated, moved = respond(vectors)
+    energies = np.stack([np.sum(vectors**2, axis=0), dissipated, np.sum(moved**2, axis=0)])
+    total = np.where(energies[:, 0] == 0, np.nan, energies[:, 0])
     cells = []
-    for part, vector in parts.items():
-        for space, project in (("channel", channel.signal), ("reservoir", channel.reservoir)):
-            v = project(vector)
-            size = np.linalg.norm(v)
-            left = np.linalg.norm(p @ v) / size if size > 1e-14 * np.linalg.norm(g) else np.nan
-            gradient, dissipated, motion = map(float, energies(v) / total)
-            cells.append(Cell(part, space, gradient, dissipated, motion, float(left)))
+    for k, (part, space, vector) in enumerate(named, start=1):
+        size = np.linalg.norm(vector)
+        left = np.linalg.norm(propagated[:, k]) / size if size > 1e-14 * np.linalg.norm(whole) else np.nan
+        gradient, energy, motion = map(float, energies[:, k] / total)
+        cells.append(Cell(part, space, gradient, energy, motion, float(left)))
     rest = 1 - np.sum([cell[2:5] for cell in cells], axis=0)
-    gradient, dissipated, motion = map(float, rest)
-    return (*cells, Cell("interaction", "all", gradient, dissipated, motion, float("nan")))
+    gradient, energy, motion = map(float, rest)
+    return (*cells, Cell("interaction", "all", gradient, energy, motion, float("nan")))

@@ -12,7 +12,9 @@ from jaxtyping import Array, Float
 class ChannelRule(Protocol):
     """Where the channel ends: how many of the descending eigenvalues of W_S belong to it."""
 
-    def rank(self, eigenvalues: np.ndarray) -> int: ...
+    def rank(self, eigenvalues: np.ndarray, trace: float | None = None) -> int:
+        """`trace` is that of the whole operator, where only its top eigenvalues are known."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,11 @@ class TraceShare:
         if not 0 < self.share <= 1:
             raise ValueError(f"share={self.share} must lie in (0, 1].")
 
-    def rank(self, eigenvalues: np.ndarray) -> int:
+    def rank(self, eigenvalues: np.ndarray, trace: float | None = None) -> int:
         held = np.cumsum(eigenvalues)
+        wanted = self.share * (held[-1] if trace is None else trace)
         # At a full share rounding of the sum must not decide.
-        return int(np.searchsorted(held, self.share * held[-1] * (1 - 1e-12))) + 1 if held[-1] > 0 else 0
+        return min(int(np.searchsorted(held, wanted * (1 - 1e-12))) + 1, len(held)) if held[-1] > 0 else 0
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,20 @@ class AboveThreshold:
         if not self.threshold >= 0:
             raise ValueError(f"threshold={self.threshold} must not be negative.")
 
-    def rank(self, eigenvalues: np.ndarray) -> int:
+    def rank(self, eigenvalues: np.ndarray, trace: float | None = None) -> int:
         return int(np.sum(eigenvalues > self.threshold))
 
 
 @dataclass(frozen=True)
 class Channel:
-    """The eigenvectors of W_S, split into signal channel and reservoir.
+    """The eigenvectors of W_S (of the motion Gramian V for a real run), split into signal channel and reservoir.
 
     The split is a convention: the spectrum is the result. The bound (I6) says what a soft reservoir still shows.
 
     Attributes:
-      eigenvalues: of W_S, descending, (N,).
-      vectors: eigenvectors in the columns, (N, N).
-      rank: dimension of the signal channel; the other N − rank vectors span the reservoir.
+      eigenvalues: descending, (N,); the largest ones alone where N is large.
+      vectors: their eigenvectors in the columns, (N, N) or fewer.
+      rank: dimension of the signal channel; its complement is the reservoir.
       rule: the rule that chose the rank.
     """
 
@@ -96,8 +99,7 @@ class Channel:
 
     def reservoir(self, v: np.ndarray) -> np.ndarray:
         """Orthogonal projection onto the reservoir."""
-        basis = self.vectors[:, self.rank :]
-        return basis @ (basis.T @ v)
+        return v - self.signal(v)
 
 
 def signal_channel(gramian: Float[Array, "N N"], rule: ChannelRule = TraceShare()) -> Channel:

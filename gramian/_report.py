@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console, Group
 from rich.table import Table
 
 from entk import Structured, kernel_drift
@@ -27,6 +24,7 @@ from gramian._flow import Flow, gradient_flow
 from gramian._identities import Identity, identities
 from gramian._losses import OutputLoss, check_targets
 from gramian._observables import ChannelFill, Dissipation, DoublingGramian, KernelEvolution, Observable, TestKernelTop
+from gramian._shown import Shown, cell_table, identity_table, plain, summary_table
 from gramian._steppers import ExponentialMidpoint, Stepper
 
 PyTree = Any
@@ -46,9 +44,12 @@ class Risk:
     end: float
     predicted: float
 
+    def __str__(self) -> str:
+        return f"{self.start:.4g} to {self.end:.4g}; predicted by the operators {self.predicted:.4g}"
+
 
 @dataclass(frozen=True, repr=False)
-class Report:
+class Report(Shown):
     """What went into the signal channel, what sits in the reservoir, what of it test points see, and how exactly.
 
     Printed, it is a table; in Jupyter, an HTML one; `plot()` draws it. Built by `analyze`.
@@ -120,7 +121,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """The report's numbers as plain Python values, ready for JSON; nan becomes None."""
         evolution = self.flow.recorded(KernelEvolution)
-        return _plain(
+        return plain(
             {
                 "loss": self.flow.loss.name,
                 "t0": self.flow.t0,
@@ -147,35 +148,19 @@ class Report:
             }
         )
 
-    def __rich__(self) -> Group:
-        return Group(self._summary_table(), self._identity_table(), self._cell_table())
-
-    def __repr__(self) -> str:
-        return self._render().export_text()
-
-    def _repr_html_(self) -> str:
-        return self._render().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-
-    def _render(self) -> Console:
-        console = Console(record=True, width=118, file=io.StringIO(), force_jupyter=False)
-        console.print(self)
-        return console
+    def tables(self) -> list[Table]:
+        return [self._summary_table(), identity_table(self.identities), cell_table(self.cells)]
 
     def _summary_table(self) -> Table:
         flow, evolution = self.flow, self.flow.recorded(KernelEvolution)
         n, m = self.gramian.shape[0], self.test_transfer.shape[0]
-        table = Table(
-            title=f"Training run: {flow.loss.name} loss, t = {flow.t0:g} to {flow.t1:g}", title_justify="left"
-        )
-        table.add_column("quantity")
-        table.add_column("value")
         rows = [
             ("outputs", f"N = {n} training, M = {m} test"),
             ("steps", f"{flow.num_steps} accepted, {flow.num_rejected} rejected"),
-            ("training loss", _risk(self.train_risk)),
+            ("training loss", str(self.train_risk)),
         ]
         if self.test_risk is not None:
-            rows.append(("test loss", _risk(self.test_risk)))
+            rows.append(("test loss", str(self.test_risk)))
         rows += [
             (
                 "kernel drift",
@@ -200,28 +185,7 @@ class Report:
                     f"correlation {self.coupling.correlation:.8f}, relative error {self.coupling.relative_error:.2g}",
                 )
             )
-        for row in rows:
-            table.add_row(*row)
-        return table
-
-    def _identity_table(self) -> Table:
-        table = Table(title="Identities", title_justify="left")
-        for column in ("", "statement", "residual", "tolerance", "holds", "note"):
-            table.add_column(column, justify="right" if column in ("residual", "tolerance") else "left")
-        for row in self.identities:
-            verdict = {True: "[green]yes[/]", False: "[bold red]NO[/]", None: "-"}[row.holds]
-            table.add_row(row.name, row.statement, _number(row.residual), _number(row.tolerance), verdict, row.note)
-        return table
-
-    def _cell_table(self) -> Table:
-        table = Table(
-            title="Four cells: shares of the first output gradient g and of what it does", title_justify="left"
-        )
-        for column in ("part", "space", "of ‖g‖²", "of dissipated loss", "of test motion", "left at the end"):
-            table.add_column(column, justify="left" if column in ("part", "space") else "right")
-        for cell in self.cells:
-            table.add_row(cell.part, cell.space, *map(_percent, cell[2:]))
-        return table
+        return summary_table(f"Training run: {flow.loss.name} loss, t = {flow.t0:g} to {flow.t1:g}", rows)
 
 
 def analyze(
@@ -346,25 +310,3 @@ def _test_risk(flow: Flow, test_loss: OutputLoss) -> Risk:
     moved = flow.operators.test_transfer @ flow.output_grad(flow.params0)
     predicted = start - moved.reshape(start.shape)
     return Risk(*(float(test_loss.value(u)) for u in (start, end, predicted)))
-
-
-def _risk(risk: Risk) -> str:
-    return f"{risk.start:.4g} to {risk.end:.4g}; predicted by the operators {risk.predicted:.4g}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"
-
-
-def _percent(share: float) -> str:
-    return "" if math.isnan(share) else f"{100 * share:.1f} %"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) or (hasattr(value, "ndim") and value.ndim > 0):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

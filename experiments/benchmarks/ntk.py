@@ -81,7 +81,7 @@ TINY_GROWTH: dict[str, tuple[tuple[int, ...], Callable[[int], Network]]] = {
 POINT_LIMIT = 10.0  # seconds of one call: a point of the growth that would pass it is not measured
 
 # Minutes of a full part where one core multiplies matrices at 100 GFLOP/s, for the estimate beforehand.
-MINUTES: dict[Part, float] = {"peak": 1, "models": 65, "moments": 3, "growth": 12, "largest": 4}
+MINUTES: dict[Part, float] = {"peak": 1, "models": 40, "moments": 3, "growth": 12, "largest": 4}
 
 
 @dataclass(frozen=True)

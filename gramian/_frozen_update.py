@@ -1,0 +1,253 @@
+"""An optimizer's realized step as a linear map of the gradients: its coefficients frozen at what they were (theory §3).
+
+The step of SGD, momentum, Adam and their kin is linear in the history of gradients once learning rates, clipping
+factors, masks and preconditioners are held at their realized values. Which values those are is read off the jaxpr of
+the optax transformation: what is added and scaled stays a map of the gradients; what is computed from them in other
+ways (second moments, norms, masks) is a coefficient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from entk._factors import bind_equation
+
+PyTree = Any
+INLINED = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "remat2", "checkpoint")
+UNARY = ("neg", "convert_element_type", "copy", "reduce_precision", "reshape", "squeeze")
+
+
+class Kind(IntEnum):
+    """How a value of the update depends on the gradients of this step and of those before it."""
+
+    FORCED = 0  # not at all: parameters, counts, schedules
+    LINEAR = 1  # linearly, plus something forced
+    FROZEN = 2  # in another way: a coefficient
+
+
+class Value(NamedTuple):
+    """A realized value and, where it is linear, what the linear map has in its place."""
+
+    realized: Any
+    kind: Kind = Kind.FORCED
+    linear: Any = None
+    reason: str = ""  # the operation that made it FROZEN
+
+
+class FrozenUpdate:
+    """`tx.update`, and the map of gradients that it leaves when its coefficients are frozen.
+
+    The map takes a gradient and a `history`, the linear values among the optimizer's state (momentum, Adam's first
+    moment), and gives an update and the history after it, coordinate by coordinate.
+
+    Args:
+      tx: optax transformation.
+      params: parameters, or their shapes.
+
+    Raises:
+      ValueError: an optimizer whose step is not linear in the gradients, coordinate by coordinate, given its realized
+        state: Lion's sign, Muon's orthogonalisation. The message names it and the operation.
+    """
+
+    def __init__(self, tx: optax.GradientTransformation, params: PyTree):
+        tx = optax.with_extra_args_support(tx)
+        spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params)
+        state = jax.eval_shape(tx.init, spec)
+        closed, out = jax.make_jaxpr(tx.update, return_shape=True)(spec, state, spec)
+        if jax.tree.structure(out[1]) != jax.tree.structure(state):
+            raise ValueError(f"{_names(tx)} changes the structure of its state; it cannot be replayed.")
+        self._closed = closed
+        self._params_tree, self._state_tree = jax.tree.structure(spec), jax.tree.structure(state)
+        self._num_params = self._params_tree.num_leaves
+        self._state_kinds = [Kind.FORCED] * self._state_tree.num_leaves
+        while True:  # a moment is forced at the start, and a map of the gradients from the first step on
+            outputs = self._kinds(spec, state)
+            after = outputs[self._num_params :]
+            joined = [max(old, new.kind) for old, new in zip(self._state_kinds, after, strict=True)]
+            if joined == self._state_kinds:
+                break
+            self._state_kinds = joined
+        refused = [value.reason for value in outputs[: self._num_params] if value.kind == Kind.FROZEN]
+        if refused:
+            raise ValueError(
+                f"{_names(tx)} cannot be analysed: given its realized state, its step is not linear in the gradients "
+                f"because of {refused[0]!r}. SGD, momentum, Nesterov, Adam, AdamW, RMSProp, clipping by norm, "
+                "schedules and poprisk_gate are supported."
+            )
+
+    @property
+    def num_history(self) -> int:
+        """Copies of the parameters that the history of one probe takes: 1 for momentum and Adam, 0 for plain SGD."""
+        return -(-self._state_kinds.count(Kind.LINEAR) // max(1, self._num_params))
+
+    def init_history(self, state: PyTree, *, forced: bool = False) -> list[Array]:
+        """The history at the start: zeros, or with `forced` what the state holds."""
+        leaves = jax.tree.leaves(state)
+        chosen = [leaf for leaf, kind in zip(leaves, self._state_kinds, strict=True) if kind == Kind.LINEAR]
+        return chosen if forced else [jnp.zeros_like(leaf) for leaf in chosen]
+
+    def __call__(
+        self, grads: PyTree, state: PyTree, params: PyTree, linear_grads: PyTree, history: list[Array], *, forced=False
+    ) -> tuple[tuple[PyTree, PyTree], tuple[PyTree, list[Array]]]:
+        """One step: ((updates, state) as realized, (updates, history) of the linear map).
+
+        With `forced`, what does not depend on gradients (weight decay) takes part in the linear map.
+        """
+        outputs = self._run(grads, state, params, linear_grads, history, forced)
+        updates, after = outputs[: self._num_params], outputs[self._num_params :]
+        realized = (
+            jax.tree.unflatten(self._params_tree, [value.realized for value in updates]),
+            jax.tree.unflatten(self._state_tree, [value.realized for value in after]),
+        )
+        kept = [v for v, kind in zip(after, self._state_kinds, strict=True) if kind == Kind.LINEAR]
+        linear = jax.tree.unflatten(self._params_tree, [_linear(value, forced) for value in updates])
+        return realized, (linear, [_linear(value, forced) for value in kept])
+
+    def _run(self, grads, state, params, linear_grads, history, forced) -> list[Value]:
+        left = iter(history)
+        inputs = [
+            *(Value(g, Kind.LINEAR, d) for g, d in zip(*map(jax.tree.leaves, (grads, linear_grads)), strict=True)),
+            *(
+                Value(leaf, kind, next(left) if kind == Kind.LINEAR else None)
+                for leaf, kind in zip(jax.tree.leaves(state), self._state_kinds, strict=True)
+            ),
+            *map(Value, jax.tree.leaves(params)),
+        ]
+        return _evaluate(self._closed.jaxpr, self._closed.consts, inputs, forced)
+
+    def _kinds(self, spec, state) -> list[Value]:
+        found: list[Value] = []
+
+        def run(grads, state, params):
+            found[:] = self._run(grads, state, params, grads, self.init_history(state), False)
+
+        jax.eval_shape(run, spec, state, spec)
+        return found
+
+
+def _evaluate(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value], forced: bool) -> list[Value]:
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*map(Value, consts), *inputs], strict=True))
+
+    def read(var):
+        return Value(var.val) if hasattr(var, "val") else values[var]
+
+    for eqn in jaxpr.eqns:
+        operands = [read(var) for var in eqn.invars]
+        name = eqn.primitive.name
+        if all(operand.kind != Kind.LINEAR for operand in operands):
+            frozen = next((operand for operand in operands if operand.kind == Kind.FROZEN), Value(None))
+            results = [
+                Value(one, frozen.kind, reason=frozen.reason)
+                for one in bind_equation(eqn, [operand.realized for operand in operands])
+            ]
+        elif name in INLINED:
+            inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
+            results = _evaluate(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), operands, forced)
+        elif name == "cond":
+            results = _switch(eqn, operands, forced)
+        else:
+            results = [
+                Value(one, Kind.FROZEN, reason=name)
+                for one in bind_equation(eqn, [operand.realized for operand in operands])
+            ]
+            if _is_linear(eqn, [operand.kind for operand in operands]):
+                scales = name in ("mul", "div")  # the other operand is the coefficient, not a summand
+                taken = [
+                    operand.realized if scales and operand.kind != Kind.LINEAR else _linear(operand, forced)
+                    for operand in operands
+                ]
+                if name == "select_n":
+                    taken[0] = operands[0].realized
+                (linear,) = bind_equation(eqn, taken)
+                results = [Value(results[0].realized, Kind.LINEAR, linear)]
+        values.update(zip(eqn.outvars, results, strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+
+def _is_linear(eqn: Any, kinds: list[Kind]) -> bool:
+    """Whether an operation on at least one linear value gives one, coordinate by coordinate."""
+    name = eqn.primitive.name
+    if name in UNARY:
+        return jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
+    if name in ("add", "sub", "add_any"):
+        return Kind.FROZEN not in kinds
+    if name == "mul":
+        return kinds.count(Kind.LINEAR) == 1
+    if name == "div":
+        return kinds[1] != Kind.LINEAR
+    if name == "select_n":
+        return kinds[0] != Kind.LINEAR and Kind.FROZEN not in kinds[1:]
+    return name == "integer_pow" and eqn.params["y"] == 1
+
+
+def _linear(value: Value, forced: bool) -> Any:
+    """What the linear map has in place of a value that is not frozen."""
+    if value.kind == Kind.LINEAR:
+        return value.linear
+    return value.realized if forced else jnp.zeros_like(value.realized)
+
+
+def _switch(eqn: Any, operands: list[Value], forced: bool) -> list[Value]:
+    """A branch that the realized values choose."""
+    index, *rest = operands
+    kinds: list[list[Value]] = []
+
+    def run(branch, values):
+        results = _evaluate(branch.jaxpr, branch.consts, values, forced)
+        kinds.append(results)
+        return results
+
+    arrays = [(value.realized, value.linear) for value in rest]
+    rebuild = [(value.kind, value.reason) for value in rest]
+
+    def values_of(arrays):
+        return [
+            Value(realized, kind, linear, reason)
+            for (realized, linear), (kind, reason) in zip(arrays, rebuild, strict=True)
+        ]
+
+    for branch in eqn.params["branches"]:
+        jax.eval_shape(lambda arrays, branch=branch: [v.realized for v in run(branch, values_of(arrays))], arrays)
+    joined = [max(column, key=lambda value: value.kind) for column in zip(*kinds, strict=True)]
+
+    def taken(branch):
+        def of(arrays):
+            results = _evaluate(branch.jaxpr, branch.consts, values_of(arrays), forced)
+            return [
+                (value.realized, _linear(value, forced) if kind.kind == Kind.LINEAR else None)
+                for value, kind in zip(results, joined, strict=True)
+            ]
+
+        return of
+
+    results = lax.switch(index.realized, [taken(branch) for branch in eqn.params["branches"]], arrays)
+    return [
+        Value(realized, kind.kind, linear, kind.reason)
+        for (realized, linear), kind in zip(results, joined, strict=True)
+    ]
+
+
+def _names(tx: Any) -> str:
+    """The names of the transformations in a chain, as far as their functions tell."""
+    found: list[str] = []
+
+    def visit(function, depth):
+        name = getattr(function, "__qualname__", "")
+        for cell in getattr(function, "__closure__", None) or ():
+            content = cell.cell_contents
+            for item in content if isinstance(content, (tuple, list)) else (content,):
+                item = getattr(item, "update", item)
+                if callable(item) and hasattr(item, "__closure__") and depth < 6:
+                    visit(item, depth + 1)
+        if name and name.split(".")[0] not in {"chain", "with_extra_args_support", "named_chain", *found}:
+            found.append(name.split(".")[0])
+
+    visit(tx.update, 0)
+    return ", ".join(found) or "This optimizer"

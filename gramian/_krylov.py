@@ -1,0 +1,95 @@
+"""Top eigenpairs of a symmetric operator whose products are long computations of their own: few of them, in blocks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from entk._checks import check_count
+from entk._matvec import LinearOperator
+
+
+class RitzPairs(NamedTuple):
+    """The largest Ritz pairs of a symmetric operator.
+
+    Attributes:
+      values: descending, (rank,). For every one an eigenvalue lies within its residual; a top eigenvalue is never
+        smaller than its Ritz value.
+      vectors: orthonormal, in the columns, (N, rank).
+      residuals: ‖W v − λ v‖, (rank,).
+      lowest: the smallest Ritz value; the smallest eigenvalue is no larger.
+    """
+
+    values: np.ndarray
+    vectors: np.ndarray
+    residuals: np.ndarray
+    lowest: float
+
+
+def ritz_pairs(
+    operator: LinearOperator, rank: int, *, block_size: int | None = None, num_products: int = 2, seed: int = 0
+) -> RitzPairs:
+    """The largest eigenpairs by randomised block Krylov iteration (block Lanczos, fully reorthogonalised).
+
+    With one product it is the Nyström-free form of a randomised eigendecomposition, with more of them block Lanczos.
+    `entk.top_eigenpairs` does the same inside one compiled program; here every product may read from disk.
+
+    Args:
+      operator: symmetric, with `shape` (N, N) and `mv` for blocks (N, r).
+      rank: number of pairs.
+      block_size: vectors multiplied at once; None takes rank + 4.
+      num_products: products with a block.
+      seed: of the first block.
+
+    Returns:
+      `RitzPairs`; residuals cost nothing more and say how far to trust each pair.
+
+    Raises:
+      ValueError: a rank larger than N or than all vectors together.
+
+    Cost: num_products products with a block; 2·block_size·num_products·N numbers.
+
+    Source: Musco & Musco, "Randomized block Krylov methods", arXiv:1504.05477.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entk import NtkOperator
+      >>> from gramian import ritz_pairs
+      >>> k = NtkOperator(lambda w, x: x @ w, jnp.ones(50), jnp.diag(1 / jnp.arange(1.0, 51.0)))
+      >>> ritz_pairs(k, 2, num_products=5).values.round(6)
+      array([1.  , 0.25])
+    """
+    size = operator.shape[0]
+    rank, num_products = check_count("rank", rank), check_count("num_products", num_products)
+    block_size = min(size, rank + 4) if block_size is None else check_count("block_size", block_size)
+    if rank > min(size, block_size * num_products):
+        raise ValueError(
+            f"rank={rank} exceeds the {min(size, block_size * num_products)} vectors that block_size={block_size} and "
+            f"num_products={num_products} span for N = {size}; raise them."
+        )
+    rng = np.random.default_rng(seed)
+    basis, image = np.zeros((size, 0)), rng.standard_normal((size, block_size))
+    images = np.zeros((size, 0))
+    for _ in range(num_products):
+        block = _orthonormal(image, basis, rng)
+        if not block.shape[1]:
+            break
+        image = np.asarray(operator.mv(block.astype(operator.dtype)), np.float64)
+        basis, images = np.hstack([basis, block]), np.hstack([images, image])
+    projected = basis.T @ images
+    values, rotation = np.linalg.eigh((projected + projected.T) / 2)
+    values, rotation = values[::-1], rotation[:, ::-1]
+    vectors = basis @ rotation[:, :rank]
+    residuals = np.linalg.norm(images @ rotation[:, :rank] - vectors * values[:rank], axis=0)
+    return RitzPairs(values[:rank], vectors, residuals, float(values[-1]))
+
+
+def _orthonormal(block: np.ndarray, basis: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An orthonormal basis of what the block adds; as many columns as there is room for."""
+    room = len(block) - basis.shape[1]
+    block = block[:, :room] / max(np.linalg.norm(block), np.finfo(float).tiny)
+    block = block + 1e-14 * rng.standard_normal(block.shape) / len(block) ** 0.5  # a new direction where it has none
+    for _ in range(3):
+        block = np.linalg.qr(block - basis @ (basis.T @ block))[0]
+    return block

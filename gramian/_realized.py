@@ -1,0 +1,450 @@
+"""The operators of a real run: probes carried along its realized steps, forwards and backwards (theory §3, §4).
+
+Along realized steps everything is linear in the first output gradient once coefficients are frozen at their realized
+values. With DW_k the map from it to the step Δw_k, J̄_k, B̄_k the Jacobian and Hessian averaged along the step:
+
+    S_k = J̄_k DW_k,   P_{k+1} = P_k + B̄_k S_k,   D = −Σ S_k,   G = −Σ J̄_{Q,k} DW_k,
+    W = −Σ [sym(P_kᵀ S_k) + S_kᵀ H̄_k S_k],   V = Σ DW_kᵀ N_k⁻¹ DW_k,
+
+H̄_k = ∫ (1−θ) B(u_k + θΔu_k) dθ, and N_k the diagonal step that gradients of ones would have caused up to here: ηM_k
+for SGD and Adam, η/(1−β) for heavy-ball momentum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from entk._checks import check_apply, check_count, check_fits
+from entk._jacobian import model_precision
+from gramian._frozen_update import FrozenUpdate
+from gramian._losses import OutputLoss, block_product
+from gramian._recording import Recording, TrainState, batch_gradient
+
+PyTree = Any
+POWER_STEPS = 3  # products with J̄_Q N J̄_Qᵀ a step, which go on from the last step's vector
+
+
+class Data(NamedTuple):
+    """Training inputs and loss, test inputs or None."""
+
+    x_s: PyTree
+    loss: OutputLoss
+    x_q: PyTree | None
+
+
+class Probes(NamedTuple):
+    """Where r directions of output space have got to: P_k ψ, (r, N), and the optimizer's memory of each."""
+
+    psi: Float[Array, "r N"]
+    history: list[Array]
+
+
+class Shared(NamedTuple):
+    """What all probes see: the run itself, its response to a gradient of ones, what does not depend on gradients."""
+
+    state: TrainState
+    ones: list[Array]
+    forced: Probes
+    direction: Float[Array, " M"]
+
+
+class Sums(NamedTuple):
+    """Sums over steps, of r probes and, last, of the forced part.
+
+    Attributes:
+      moved: Σ J̄ Δw, (r + 1, N): −D ψ.
+      moved_q: Σ J̄_Q Δw, (r + 1, M): −G ψ.
+      gramian: Ψᵀ W Ψ, (r + 1, r + 1).
+      motion: Ψᵀ V Ψ, (r, r).
+      visibility: Σ λ_max(J̄_Q N J̄_Qᵀ), a scalar.
+    """
+
+    moved: Float[Array, "r1 N"]
+    moved_q: Float[Array, "r1 M"]
+    gramian: Float[Array, "r1 r1"]
+    motion: Float[Array, "r r"]
+    visibility: Float[Array, ""]
+
+
+class Sweep(NamedTuple):
+    """A forward sweep: probes at the end of the run, the sums on the way.
+
+    `replay` is the largest relative distance between a recorded state and the one computed from the record before it.
+    """
+
+    probes: Probes
+    shared: Shared
+    sums: Sums
+    replay: float
+
+
+@dataclass(frozen=True, eq=False)
+class RealizedPath:
+    """A recorded run as linear maps of its first output gradient.
+
+    Args:
+      recording: of the run.
+      x_q: test inputs, m examples, or None.
+      quadrature: Gauss points of the averages along a step; (I1)-(I4) hold to their error: about 1e-3, 1e-6, 1e-8 and
+        1e-10 with 1 to 4 points in a run of usual steps.
+
+    Raises:
+      ValueError: an optimizer that is not linear in the gradients given its realized state; fewer than 1 point.
+    """
+
+    recording: Recording
+    x_q: PyTree | None = None
+    quadrature: int = 2
+    update: FrozenUpdate = field(init=False, repr=False)
+    sizes: tuple[int, int] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        run = self.recording
+        check_count("quadrature", self.quadrature)
+        object.__setattr__(self, "update", FrozenUpdate(run.optimizer, run.params))
+        spec = check_apply(run.apply_fn, run.params, run.x_s, "x_s")
+        num_test = 0
+        if self.x_q is not None:
+            test = check_apply(run.apply_fn, run.params, self.x_q, "x_q")
+            num_test = test.num_examples * test.num_outputs
+        object.__setattr__(self, "sizes", (spec.num_examples * spec.num_outputs, num_test))
+
+    @property
+    def dtype(self):
+        return jax.tree.leaves(self.recording.params)[0].dtype
+
+    @property
+    def data(self) -> Data:
+        return Data(self.recording.x_s, self.recording.loss, self.x_q)
+
+    def start(self, psi: Float[Array, "r N"]) -> tuple[Shared, Probes]:
+        """Probes ψ at the first step."""
+        state = TrainState(self.recording.params, self.recording.optimizer.init(self.recording.params))
+        nothing = self.update.init_history(state.opt_state)
+
+        def repeated(leaves, r):
+            return [jnp.broadcast_to(leaf, (r, *leaf.shape)) for leaf in leaves]
+
+        num_train, num_test = self.sizes
+        forced = self.update.init_history(state.opt_state, forced=True)
+        return (
+            Shared(
+                state,
+                nothing,
+                Probes(jnp.zeros((1, num_train), self.dtype), repeated(forced, 1)),
+                jnp.ones(num_test, self.dtype) / max(1, num_test) ** 0.5,
+            ),
+            Probes(psi, repeated(nothing, len(psi))),
+        )
+
+    def forward(self, psi: Float[Array, "r N"], *, visit=None) -> Sweep:
+        """Carries r probes along the run. `visit(segment, shared, probes)` sees every segment before it is swept."""
+        shared, probes = self.start(jnp.asarray(psi, self.dtype))
+        sums = _no_sums(len(psi), *self.sizes, self.dtype)
+        replay = 0.0
+        for segment in self.recording.segments():
+            if visit is not None:
+                visit(segment, shared, probes)
+            shared = shared._replace(state=segment.start)
+            shared, probes, more = _forward(*self._static, self.data, shared, probes, jnp.asarray(segment.batches))
+            sums = jax.tree.map(jnp.add, sums, more)
+            replay = max(replay, _distance(shared.state.params, segment.end.params))
+        self._check_replay(replay)
+        return Sweep(probes, shared, sums, replay)
+
+    def backward(
+        self,
+        psi: Float[Array, "r N"] | None = None,
+        *,
+        propagated: Array | None = None,
+        moved: Array | None = None,
+        moved_q: Array | None = None,
+        of: str | None = None,
+    ) -> Float[Array, "r N"]:
+        """Adjoint sweep: Pᵀ `propagated` + Σ S_kᵀ `moved` + Σ (J̄_Q DW)ᵀ `moved_q`, or W ψ, V ψ with `of`.
+
+        For W and V it is half the gradient of ψᵀWψ, taken back through the forward sweep, whose states at the starts of
+        the segments are kept in host memory.
+        """
+        given = next(x for x in (psi, propagated, moved, moved_q) if x is not None)
+        r, (num_train, num_test) = len(given), self.sizes
+        stash: dict[int, Any] = {}
+
+        def keep(segment, shared, probes):
+            stash[segment.step] = jax.device_get((shared.ones, probes))
+
+        zero = jnp.zeros((r, num_train), self.dtype)
+        if of is not None:
+            self.forward(zero if psi is None else psi, visit=keep)
+        cotangent = zero if propagated is None else jnp.asarray(propagated, self.dtype)
+        sources = (
+            zero if moved is None else jnp.asarray(moved, self.dtype),
+            jnp.zeros((r, num_test), self.dtype) if moved_q is None else jnp.asarray(moved_q, self.dtype),
+            jnp.asarray([of == "gramian", of == "motion"], self.dtype),
+        )
+        shared, nothing = self.start(zero)
+        back = Probes(cotangent, nothing.history)
+        for segment in self.recording.segments(backwards=True):
+            # Where no quadratic form is differentiated the map is linear, and where it is taken does not matter.
+            ones, probes = stash.pop(segment.step, (shared.ones, nothing))
+            here = shared._replace(state=segment.start, ones=ones)
+            back = _backward(*self._static, self.data, here, probes, jnp.asarray(segment.batches), back, sources)
+        return back.psi / (2 if of is not None else 1)
+
+    @property
+    def _static(self):
+        return self.recording.apply_fn, self.update, self.quadrature
+
+    def _check_replay(self, distance: float) -> None:
+        allowed = float(jnp.finfo(self.dtype).eps) ** 0.5
+        if not distance <= allowed:
+            raise ValueError(
+                f"the recorded steps cannot be computed again: parameters differ by {distance:.2g} (relative) after a "
+                f"few steps, where {allowed:.1g} is allowed. The loop did something that the recording does not know: "
+                "another loss, learning rate or batch, augmentation, dropout."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class RealizedOperator:
+    """P, W, V, D or G of a recorded run as a matrix-free operator.
+
+    Args:
+      path: the run.
+      name: "propagator", "gramian", "motion", "displacement" or "test_transfer".
+
+    Cost: a product with P, D, G sweeps over the run once, forwards; with a transpose once, backwards; with W or V three
+    times. A sweep takes, for every step, probe and Gauss point, one product with J on all points.
+    """
+
+    path: RealizedPath
+    name: str
+
+    def __post_init__(self):
+        names = ("propagator", "gramian", "motion", "displacement", "test_transfer")
+        if self.name not in names:
+            raise ValueError(f"name={self.name!r} must be one of {', '.join(names)}.")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        num_train, num_test = self.path.sizes
+        return (num_test if self.name == "test_transfer" else num_train), num_train
+
+    @property
+    def dtype(self):
+        return self.path.dtype
+
+    def mv(self, vector: Float[Array, "N ..."]) -> Float[Array, "rows ..."]:
+        """The product with v of shape (N,), or with a block (N, r)."""
+        psi = self._checked(vector, self.shape[1])
+        if self.name in ("gramian", "motion"):
+            return _like(self.path.backward(psi, of=self.name), vector)
+        sweep = self.path.forward(psi)
+        found = {
+            "propagator": sweep.probes.psi,
+            "displacement": -sweep.sums.moved[:-1],
+            "test_transfer": -sweep.sums.moved_q[:-1],
+        }
+        return _like(found[self.name], vector)
+
+    def transpose_mv(self, vector: Float[Array, "rows ..."]) -> Float[Array, "N ..."]:
+        """The product of the transpose."""
+        rows = self._checked(vector, self.shape[0])
+        if self.name in ("gramian", "motion"):
+            return self.mv(vector)
+        sources = {
+            "propagator": {"propagated": rows},
+            "displacement": {"moved": -rows},
+            "test_transfer": {"moved_q": -rows},
+        }
+        return _like(self.path.backward(**sources[self.name]), vector)
+
+    def as_matrix(self) -> Float[Array, "rows N"]:
+        """All of it, by one forward sweep with N probes."""
+        return dense_operators(self.path)[self.name]
+
+    def _checked(self, vector, length):
+        vector = jnp.asarray(vector, self.dtype)
+        if vector.ndim not in (1, 2) or vector.shape[0] != length:
+            raise ValueError(f"vector has shape {vector.shape}, but must be ({length},) or ({length}, r).")
+        return vector.reshape(length, -1).T
+
+
+def _like(rows, vector):
+    return rows.T if jnp.ndim(vector) == 2 else rows[0]
+
+
+def dense_operators(path: RealizedPath) -> dict[str, Array]:
+    """P, W, V, D, G as matrices, by name."""
+    num_train, _ = path.sizes
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(path.recording.params))
+    check_fits(
+        (1 + path.update.num_history) * num_train * num_params * path.dtype.itemsize,
+        f"carrying N = {num_train} probes through {num_params:,} parameters",
+        "Use RealizedOperator, or analyze_training with dense=False.",
+    )
+    return _by_name(path.forward(jnp.eye(num_train, dtype=path.dtype)))
+
+
+def _by_name(sweep: Sweep) -> dict[str, Array]:
+    sums = sweep.sums
+    return {
+        "propagator": sweep.probes.psi.T,
+        "gramian": sums.gramian[:-1, :-1],
+        "motion": sums.motion,
+        "displacement": -sums.moved[:-1].T,
+        "test_transfer": -sums.moved_q[:-1].T,
+    }
+
+
+def _no_sums(r, num_train, num_test, dtype) -> Sums:
+    shapes = (r + 1, num_train), (r + 1, num_test), (r + 1, r + 1), (r, r), ()
+    return Sums(*(jnp.zeros(shape, dtype) for shape in shapes))
+
+
+@jax.jit
+def _distance_of(params, other):
+    pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True))
+    away = sum(jnp.sum((a - b) ** 2) for a, b in pairs)
+    return jnp.sqrt(away / jnp.maximum(sum(jnp.sum(b**2) for _, b in pairs), jnp.finfo(pairs[0][1].dtype).tiny))
+
+
+def _distance(params, other) -> float:
+    return float(_distance_of(params, other))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward(apply_fn, update, quadrature, data, shared, probes, batches):
+    def body(carry, batch):
+        shared, probes, sums = carry
+        shared, probes, more = realized_step(apply_fn, update, quadrature, data, shared, probes, batch)
+        return (shared, probes, jax.tree.map(jnp.add, sums, more)), None
+
+    sums = _no_sums(len(probes.psi), probes.psi.shape[1], len(shared.direction), probes.psi.dtype)
+    return jax.lax.scan(body, (shared, probes, sums), batches)[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _backward(apply_fn, update, quadrature, data, shared, probes, batches, back, sources):
+    moved, moved_q, energies = sources
+
+    def swept(probes):
+        _, after, sums = _forward(apply_fn, update, quadrature, data, shared, probes, batches)
+        energy = energies[0] * jnp.trace(sums.gramian[:-1, :-1]) + energies[1] * jnp.trace(sums.motion)
+        work = jnp.sum(moved * sums.moved[:-1]) + jnp.sum(moved_q * sums.moved_q[:-1])
+        return after, energy + work
+
+    _, pull = jax.vjp(swept, probes)
+    return pull((back, jnp.ones((), probes.psi.dtype)))[0]
+
+
+def realized_step(
+    apply_fn: Any, update: FrozenUpdate, quadrature: int, data: Data, shared: Shared, probes: Probes, batch: Array
+) -> tuple[Shared, Probes, Sums]:
+    """One step of the run, and of every probe along it."""
+    x_s, loss, x_q = data
+    (params, opt_state), n = shared.state, jax.tree.leaves(x_s)[0].shape[0]
+    grads, pull = batch_gradient(apply_fn, loss, x_s, params, batch)
+
+    def follow(psi, history, *, forced=False):
+        """Δw along one probe: E_k weighs the examples of the batch by n / b."""
+        pulled = pull(psi.reshape(n, -1)[batch] * (n / len(batch)))[0]
+        return update(grads, opt_state, params, pulled, history, forced=forced)[1]
+
+    (updates, after), (response, ones) = update(
+        grads, opt_state, params, jax.tree.map(jnp.ones_like, grads), shared.ones
+    )
+    steps, history = jax.vmap(follow)(*probes)
+    forced_steps, forced_history = jax.vmap(partial(follow, forced=True))(*shared.forced)
+    response = jax.tree.map(jnp.negative, response)
+    moves = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), steps, forced_steps)
+
+    following = optax.apply_updates(params, updates)
+    nodes, weights = (list(map(float, one)) for one in _gauss(quadrature))
+
+    def averaged(product):
+        """`product(w)`, a pytree, averaged along the step."""
+        values = [product(jax.tree.map(lambda w, d, t=t: w + t * d, params, updates)) for t in nodes]
+        return jax.tree.map(lambda *leaves: sum(c * leaf for c, leaf in zip(weights, leaves, strict=True)), *values)
+
+    def push(x, moves):
+        def at(w):
+            return jax.vmap(lambda dw: jax.jvp(lambda w: rows(apply_fn, w, x), (w,), (dw,))[1].reshape(-1))(moves)
+
+        return averaged(at)
+
+    pushed = push(x_s, moves)
+    pushed_q = jnp.zeros((len(pushed), 0), pushed.dtype) if x_q is None else push(x_q, moves)
+    before, behind = (rows(apply_fn, w, x_s) for w in (params, following))
+    hessians = [loss.hessian(before + node * (behind - before)) for node in nodes]
+    hessian = sum(weight * block for weight, block in zip(weights, hessians, strict=True))
+    remainder = sum(w * (1 - node) * block for node, w, block in zip(nodes, weights, hessians, strict=True))
+
+    psi = jnp.concatenate([probes.psi, shared.forced.psi])
+    cross = _matmul(psi, pushed.T)
+    gramian = -(cross + cross.T) / 2 - _matmul(pushed, block_product(remainder, pushed.T))
+    psi = psi + block_product(hessian, pushed.T).T
+    direction, top = shared.direction, jnp.zeros((), psi.dtype)
+    if x_q is not None:
+
+        def seen(v):  # J̄_Q N J̄_Qᵀ v
+            pulled = averaged(lambda w: _pull(apply_fn, w, x_q, v))
+            scaled = jax.tree.map(lambda one, diagonal: (one * diagonal)[None], pulled, response)
+            return push(x_q, scaled)[0]
+
+        direction, top = _power(seen, direction)
+    sums = Sums(pushed, pushed_q, gramian, _motion(steps, response), top)
+    shared = Shared(TrainState(following, after), ones, Probes(psi[-1:], forced_history), direction)
+    return shared, Probes(psi[:-1], history), sums
+
+
+def rows(apply_fn, params, x):
+    with model_precision():
+        out = apply_fn(params, x)
+    return out.reshape(out.shape[0], -1)
+
+
+def _pull(apply_fn, params, x, v):
+    out, pull = jax.vjp(lambda w: rows(apply_fn, w, x), params)
+    return pull(v.reshape(out.shape))[0]
+
+
+def _gauss(points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of Gauss-Legendre quadrature on [0, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(points)
+    return (nodes + 1) / 2, weights / 2
+
+
+def _matmul(a, b):
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _motion(steps: PyTree, response: PyTree) -> Array:
+    """DWᵀ N⁻¹ DW; where N is zero nothing has ever moved."""
+    total = 0.0
+    for step, diagonal in zip(jax.tree.leaves(steps), jax.tree.leaves(response), strict=True):
+        scaled = jnp.where(diagonal > 0, step / jnp.where(diagonal > 0, diagonal, 1), 0)
+        rows = len(step)
+        total = total + _matmul(scaled.reshape(rows, -1), step.reshape(rows, -1).T)
+    return total
+
+
+def _power(product, direction):
+    """The largest eigenvalue by power steps, as Rayleigh quotient plus residual, and where they ended."""
+
+    def step(v, _):
+        image = product(v)
+        quotient, size = v @ image, jnp.linalg.norm(image)
+        bound = quotient + jnp.linalg.norm(image - quotient * v)
+        return jnp.where(size > 0, image / jnp.where(size > 0, size, 1), v), bound
+
+    direction, bounds = jax.lax.scan(step, direction, length=POWER_STEPS)
+    return direction, bounds[-1]

@@ -1,0 +1,397 @@
+"""Recording a training run: its states now and then, its batches always, so that every step can be computed again."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jaxtyping import Array
+
+from entk._checks import check_apply, check_count
+from entk._jacobian import model_precision
+from gramian._checkpoint import _characters, _digest, _flatten, _unflatten
+from gramian._checks import check_finite
+from gramian._losses import OutputLoss, check_targets
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    """Parameters and optimizer state before a step."""
+
+    params: PyTree
+    opt_state: PyTree
+
+
+class Segment(NamedTuple):
+    """Consecutive steps of a run: the state before the first, the batch of each, and the state after the last.
+
+    Attributes:
+      step: number of the first step.
+      start, end: states before and after.
+      batches: indices of the training examples, (steps, b).
+    """
+
+    step: int
+    start: TrainState
+    batches: np.ndarray
+    end: TrainState
+
+
+@dataclass
+class Recorder:
+    """Stores what a training loop does, to a folder, through Orbax, while it goes on.
+
+    `start` before the loop, `update` after every step (or every few), `close` at the end. The state is kept every
+    `every` steps, the batches of all steps; what lies between is computed again when it is wanted. A killed run goes on
+    from the last save: the loop asks `start` where.
+
+    Args:
+      directory: the folder; made if it does not exist. It belongs to one run.
+      every: steps from one kept state to the next. An analysis holds the states of so many steps at a time.
+      save_bytes: kept states are collected up to this size before they are written.
+      every_seconds: and for this long at most; what a kill can cost.
+
+    Raises:
+      ValueError: sizes that are not positive.
+      OSError: from `update` and `close`, when nothing can be written; the saves so far stay intact.
+
+    Cost: a copy of the state every `every` steps; it is written in the background. Memory: 2·save_bytes and one state.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, optax
+      >>> from gramian import Recorder
+      >>> tx, w = optax.sgd(0.1), jnp.ones(2)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     recorder = Recorder(folder, every=2)
+      ...     w, state, step = recorder.start(w, tx.init(w))
+      ...     for k in range(step, 4):
+      ...         updates, state = tx.update(w, state, w)
+      ...         w = optax.apply_updates(w, updates)
+      ...         recorder.update([k % 3], w, state)
+      ...     recorder.close()
+      ...     print(Recorder(folder, every=2).start(w, state)[2])
+      4
+    """
+
+    directory: str | Path
+    every: int = 16
+    save_bytes: int = 2**26
+    every_seconds: float = 20.0
+    _manager: ocp.CheckpointManager | None = field(default=None, repr=False)
+    _step: int = field(default=0, repr=False)
+    _kept: list[tuple[int, TrainState]] = field(default_factory=list, repr=False)
+    _batches: list[np.ndarray] = field(default_factory=list, repr=False)
+    _last: float = field(default=0.0, repr=False)
+
+    def __post_init__(self):
+        self.every = check_count("every", self.every)
+        self.save_bytes = check_count("save_bytes", self.save_bytes)
+
+    def start(self, params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree, int]:
+        """Where the loop begins: the given state at step 0, or the last one saved, and its step."""
+        given = TrainState(params, opt_state)
+        self._manager = _manager(self.directory)
+        self._step, state = 0, given
+        for saved in sorted(self._manager.all_steps()):
+            chunk, reason = _read(self._manager, saved)
+            if chunk is not None and int(chunk["first"]) != self._step:
+                chunk, reason = None, f"it begins at step {int(chunk['first'])}, not {self._step}"
+            if chunk is None:
+                print(f"save {saved} in {self.directory} cannot be used ({reason}); going on from step {self._step}")
+                for later in [step for step in self._manager.all_steps() if step >= saved]:
+                    self._manager.delete(later)
+                break
+            if self._step == 0 and not _close(_unflatten(given, chunk["kept"]["0000"]), given):
+                raise ValueError(
+                    f"{self.directory} holds a run that began with other parameters. Remove the folder, or give this "
+                    "run one of its own."
+                )
+            self._step, state = saved, _unflatten(given, chunk["end"])
+        self._kept, self._batches = [(self._step, _copy(state))], []
+        self._last = time.monotonic()
+        return state.params, state.opt_state, self._step
+
+    def update(self, indices: Any, params: PyTree, opt_state: PyTree) -> None:
+        """After a step on the examples `indices` (b,), or after several at once, (steps, b): the state they led to."""
+        if self._manager is None:
+            raise RuntimeError("call start(params, opt_state) before the loop: it says where the loop begins.")
+        indices = np.atleast_2d(np.asarray(indices, np.int32))
+        before = self._step
+        self._step += len(indices)
+        self._batches.extend(indices)
+        if before // self.every == self._step // self.every:
+            return
+        if self._step % self.every:
+            raise ValueError(f"{len(indices)} steps at once pass over step {before // self.every + 1} x every.")
+        state = _copy(TrainState(params, opt_state))
+        held = len(self._kept) * sum(leaf.nbytes for leaf in jax.tree.leaves(state) if hasattr(leaf, "nbytes"))
+        if held >= self.save_bytes or time.monotonic() - self._last >= self.every_seconds:
+            self._save(state)
+        else:
+            self._kept.append((self._step, state))
+
+    def close(self, params: PyTree = None, opt_state: PyTree = None) -> None:
+        """Writes what is left; a run that ends between two kept states passes its last one."""
+        assert self._manager is not None
+        if self._batches:
+            if params is not None:
+                self._save(TrainState(params, opt_state))
+            elif self._kept[-1][0] == self._step:
+                self._save(self._kept.pop()[1])
+            else:
+                raise ValueError(
+                    f"the run ends at step {self._step}, which no multiple of every={self.every} is: pass the last "
+                    "state, close(params, opt_state)."
+                )
+        self._guard(self._manager.wait_until_finished)
+        self._manager.close()
+        self._manager = None
+
+    def _save(self, end: TrainState) -> None:
+        tree: dict[str, Any] = {
+            "first": np.asarray(self._kept[0][0]),
+            "steps": np.asarray([step for step, _ in self._kept]),
+            "kept": {f"{k:04d}": _flatten(state) for k, (_, state) in enumerate(self._kept)},
+            "batches": np.stack(self._batches),
+            "end": _flatten(end),
+        }
+        tree["digest"] = _characters(_digest(tree))
+        manager, step = self._manager, self._step
+        assert manager is not None
+        self._guard(lambda: manager.save(step, args=ocp.args.StandardSave(tree), force=True))
+        self._kept, self._batches, self._last = [(step, end)], [], time.monotonic()
+
+    def _guard(self, write) -> None:
+        try:
+            write()
+        except Exception as error:  # Orbax raises whatever its storage raises
+            saved = max(_manager(self.directory).all_steps(), default=0)
+            raise OSError(
+                f"recording to {self.directory} failed at step {self._step} ({type(error).__name__}: "
+                f"{str(error)[:200]}). The run is intact up to step {saved}: free space there and start again."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded run and the problem it solved: everything needed to compute any of its steps again.
+
+    Args:
+      directory: the folder a `Recorder` wrote.
+      apply_fn: pure function `(params, x) -> (n, c)` or `(n,)` that treats examples independently.
+      optimizer: the optax transformation of the run.
+      loss: mean over examples, with the targets of x_s; the run descended its mean over the batch.
+      x_s: training inputs that the batches' indices count.
+      params: parameters of the same structure as the run's, e.g. its first ones.
+
+    Raises:
+      TypeError, ValueError: as `gradient_flow`; an empty folder.
+    """
+
+    directory: str | Path
+    apply_fn: Any
+    optimizer: optax.GradientTransformation
+    loss: OutputLoss
+    x_s: PyTree
+    params: PyTree = field(repr=False)
+
+    def __post_init__(self):
+        _check_problem(self.apply_fn, self.params, self.x_s, self.loss)
+        if not self.num_steps:
+            raise ValueError(f"{self.directory} holds no recorded step; record the run with record_training.")
+
+    @property
+    def num_steps(self) -> int:
+        """Steps recorded."""
+        return max(_manager(self.directory).all_steps(), default=0)
+
+    def segments(self, *, backwards: bool = False) -> Iterator[Segment]:
+        """The run, a few steps at a time; holds one save at a time."""
+        template = TrainState(self.params, self.optimizer.init(self.params))
+        with _manager(self.directory) as manager:
+            saves, at = sorted(manager.all_steps()), None
+            for save in reversed(saves) if backwards else saves:
+                chunk, reason = _read(manager, save)
+                if chunk is not None and not backwards and int(chunk["first"]) != (at or 0):
+                    chunk, reason = None, f"it begins at step {int(chunk['first'])}, not {at or 0}"
+                if chunk is None:
+                    raise ValueError(
+                        f"save {save} in {self.directory} cannot be used ({reason}). Record the run again with the "
+                        "same arguments: it goes on from the save before."
+                    )
+                at = save
+                starts = [int(step) for step in chunk["steps"]]
+                states = [_unflatten(template, chunk["kept"][f"{k:04d}"]) for k in range(len(starts))]
+                states.append(_unflatten(template, chunk["end"]))
+                bounds = [*starts, save]
+                pieces = [
+                    Segment(a, states[k], chunk["batches"][a - starts[0] : b - starts[0]], states[k + 1])
+                    for k, (a, b) in enumerate(itertools.pairwise(bounds))
+                ]
+                yield from reversed(pieces) if backwards else pieces
+
+
+def record_training(
+    apply_fn: Any,
+    params: PyTree,
+    x_s: PyTree,
+    loss: OutputLoss,
+    optimizer: optax.GradientTransformation,
+    batches: Array | np.ndarray,
+    recorder: Recorder,
+) -> tuple[PyTree, Recording]:
+    """Trains on mini-batches and records the run; killed at any moment, the same call goes on from the last save.
+
+    Args:
+      apply_fn, params, x_s, loss: as in `gradient_flow`.
+      optimizer: optax transformation; its updates are added to the parameters.
+      batches: indices of the examples of every step, (steps, b), e.g. `minibatches(n, b, epochs, seed)`.
+      recorder: where to, and how often.
+
+    Returns:
+      The trained parameters and the `Recording`.
+
+    Raises:
+      TypeError, ValueError: as `gradient_flow`; indices outside of x_s; a folder of another run.
+      OSError: nothing more can be written.
+
+    Cost: that of training, and of `Recorder`.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, optax
+      >>> from gramian import Recorder, minibatches, record_training, squared_loss
+      >>> loss = squared_loss(jnp.array([1.0, -1.0, 0.0]))
+      >>> model = lambda w, x: x @ w
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     w, run = record_training(
+      ...         model, jnp.zeros(3), jnp.eye(3), loss, optax.sgd(0.5), minibatches(3, 1, 10), Recorder(folder)
+      ...     )
+      ...     run.num_steps
+      30
+    """
+    num_examples = _check_problem(apply_fn, params, x_s, loss)
+    batches = np.asarray(batches)
+    if batches.ndim != 2 or not np.issubdtype(batches.dtype, np.integer) or not batches.size:
+        raise ValueError(
+            f"batches has shape {batches.shape} and dtype {batches.dtype}, but must hold integers, (steps, b): "
+            "minibatches(n, b, epochs) makes them."
+        )
+    if batches.min() < 0 or batches.max() >= num_examples:
+        raise ValueError(
+            f"batches holds indices from {batches.min()} to {batches.max()}, but x_s has {num_examples} examples."
+        )
+    params = jax.tree.map(jnp.asarray, params)
+    weights, opt_state, step = recorder.start(params, optimizer.init(params))
+    if step > len(batches):
+        raise ValueError(f"{recorder.directory} holds {step} steps already, batches only {len(batches)}.")
+    state = TrainState(weights, opt_state)
+    while step < len(batches):
+        stop = min((step // recorder.every + 1) * recorder.every, len(batches))
+        state = train(apply_fn, optimizer, loss, x_s, state, jnp.asarray(batches[step:stop]))
+        recorder.update(batches[step:stop], *state)
+        step = stop
+    recorder.close(*state)
+    recording = Recording(recorder.directory, apply_fn, optimizer, loss, x_s, params)
+    return state.params, recording
+
+
+def minibatches(n: int, batch_size: int, epochs: int, seed: int = 0, *, replace: bool = False) -> np.ndarray:
+    """Indices of the mini-batches of `epochs` passes over n examples, (steps, batch_size).
+
+    Without replacement every epoch is a new permutation, less the examples that fill no batch; with it, as many batches
+    of independent draws.
+
+    Args:
+      n: examples.
+      batch_size: b, examples a step, 1 ≤ b ≤ n.
+      epochs: passes.
+      seed: of the draws.
+      replace: draw with replacement.
+
+    Raises:
+      ValueError: a batch larger than n, sizes that are not positive.
+
+    Example:
+      >>> from gramian import minibatches
+      >>> minibatches(4, 2, 1).shape
+      (2, 2)
+    """
+    n, batch_size, epochs = (check_count(*pair) for pair in (("n", n), ("batch_size", batch_size), ("epochs", epochs)))
+    if batch_size > n:
+        raise ValueError(f"batch_size={batch_size} exceeds the n={n} examples.")
+    rng, a_pass = np.random.default_rng(seed), n // batch_size
+    if replace:
+        return rng.integers(0, n, (epochs * a_pass, batch_size), dtype=np.int32)
+    passes = [rng.permutation(n)[: a_pass * batch_size].reshape(a_pass, batch_size) for _ in range(epochs)]
+    return np.concatenate(passes).astype(np.int32)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def train(apply_fn, optimizer, loss, x_s, state, batches):
+    """The state after steps on `batches`."""
+
+    def step(state, batch):
+        params, opt_state = state
+        grads = batch_gradient(apply_fn, loss, x_s, params, batch)[0]
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, opt_state, params)
+        return TrainState(optax.apply_updates(params, updates), opt_state), None
+
+    return jax.lax.scan(step, state, batches)[0]
+
+
+def batch_gradient(apply_fn, loss, x_s, params, batch):
+    """The gradient of the mean loss of a batch, and the batch outputs' pullback, which it came from."""
+    x, targets = (jax.tree.map(lambda leaf: leaf[batch], tree) for tree in (x_s, loss.targets))
+
+    def outputs(params):
+        with model_precision():
+            out = apply_fn(params, x)
+        return out.reshape(out.shape[0], -1)
+
+    out, pull = jax.vjp(outputs, params)
+    return pull(jax.vmap(jax.grad(loss.example_loss))(out, targets) / len(batch))[0], pull
+
+
+def _check_problem(apply_fn, params, x_s, loss) -> int:
+    if not isinstance(loss, OutputLoss):
+        raise TypeError(f"loss is a {type(loss).__name__}; build it with squared_loss(y) or another gramian loss.")
+    spec = check_apply(apply_fn, params, x_s, "x_s")
+    check_targets(loss, *spec)
+    for name, tree in (("params", params), ("x_s", x_s)):
+        check_finite(tree, name)
+    return spec.num_examples
+
+
+def _manager(directory: str | Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(Path(directory).absolute(), options=options)
+
+
+def _read(manager: ocp.CheckpointManager, step: int) -> tuple[dict[str, Any] | None, str]:
+    try:
+        tree = manager.restore(step, args=ocp.args.StandardRestore())
+        intact = bytes(tree.pop("digest")).decode() == _digest(tree)
+    except Exception as error:  # Orbax raises whatever its storage raises
+        return None, type(error).__name__
+    return (tree, "") if intact else (None, "its contents do not match their digest")
+
+
+def _copy(state: TrainState) -> TrainState:
+    """Of its own: the loop may donate its buffers."""
+    return jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, state)
+
+
+def _close(state: TrainState, other: TrainState) -> bool:
+    pairs = zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True)
+    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)

@@ -1,0 +1,82 @@
+"""Reports as tables: in a terminal, in Jupyter, as text."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from gramian._cells import Cell
+from gramian._identities import Identity
+
+
+class Shown:
+    """Something whose tables are its text and its HTML."""
+
+    def tables(self) -> list[Table]:
+        raise AssertionError("a report has tables")
+
+    def __rich__(self) -> Group:
+        return Group(*self.tables())
+
+    def __repr__(self) -> str:
+        return self._render().export_text()
+
+    def _repr_html_(self) -> str:
+        return self._render().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    def _render(self) -> Console:
+        console = Console(record=True, width=118, file=io.StringIO(), force_jupyter=False)
+        console.print(self)
+        return console
+
+
+def summary_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("quantity")
+    table.add_column("value")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def identity_table(identities: Iterable[Identity]) -> Table:
+    table = Table(title="Identities", title_justify="left")
+    for column in ("", "statement", "residual", "tolerance", "holds", "note"):
+        table.add_column(column, justify="right" if column in ("residual", "tolerance") else "left")
+    for row in identities:
+        verdict = {True: "[green]yes[/]", False: "[bold red]NO[/]", None: "-"}[row.holds]
+        table.add_row(row.name, row.statement, _number(row.residual), _number(row.tolerance), verdict, row.note)
+    return table
+
+
+def cell_table(cells: Iterable[Cell]) -> Table:
+    table = Table(title="Four cells: shares of the first output gradient g and of what it does", title_justify="left")
+    for column in ("part", "space", "of ‖g‖²", "of dissipated loss", "of test motion", "left at the end"):
+        table.add_column(column, justify="left" if column in ("part", "space") else "right")
+    for cell in cells:
+        table.add_row(cell.part, cell.space, *map(_percent, cell[2:]))
+    return table
+
+
+def plain(value: Any) -> Any:
+    """Python values, ready for JSON; nan becomes None."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) or (hasattr(value, "ndim") and value.ndim > 0):
+        return [plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def _percent(share: float) -> str:
+    return "" if math.isnan(share) else f"{100 * share:.1f} %"

@@ -1,0 +1,359 @@
+"""The theory's account of a recorded run: of SGD, momentum, Adam, with its mini-batches (theory §3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from entk._checks import check_apply, check_count
+from gramian._cells import Cell, cells_of
+from gramian._channel import Channel, ChannelRule, TraceShare
+from gramian._identities import Identity
+from gramian._krylov import ritz_pairs
+from gramian._losses import OutputLoss, check_targets
+from gramian._realized import RealizedOperator, RealizedPath, Sweep, _by_name, rows
+from gramian._recording import Recording
+from gramian._report import Risk
+from gramian._shown import Shown, cell_table, identity_table, plain, summary_table
+
+PyTree = Any
+DENSE_OUTPUTS = 600  # N up to which the operators are formed
+
+
+@dataclass(frozen=True)
+class MotionCoupling:
+    """How far a channel's training displacements determine its test displacements: A = G Ψ (D Ψ)⁺ (theory I9).
+
+    Attributes:
+      rank: of Ψ, the directions used; N where the operators are dense.
+      correlation: of A (U_S(T) − U_S(s)) with the observed test displacement.
+      relative_error: of the two.
+    """
+
+    rank: int
+    correlation: float
+    relative_error: float
+
+
+@dataclass(frozen=True, repr=False)
+class TrainingReport(Shown):
+    """What a real run moved, what it could not move, what of it test points see, and how exactly.
+
+    Printed, it is a table; in Jupyter, an HTML one. Built by `analyze_training`.
+
+    Attributes:
+      path: the run; `RealizedOperator(path, name)` gives its operators.
+      operators: P, W, V, D, G as matrices by name; None where N is large.
+      channel: signal channel and reservoir of the motion Gramian V.
+      gramian_eigenvalues: of W, descending; the largest ones alone where N is large.
+      residuals: ‖V v − λ v‖ of the channel's eigenpairs; zeros where the operators are dense.
+      negative_share: −λ_min(W) / λ_max(W): how far W is from positive semi-definite; channels may be ranked by W only
+        where it is small.
+      forced: norms of the displacement that is not linear in gradients (weight decay), relative to the whole one: at
+        training and at test points.
+      identities: (I1)-(I4) and (I6′).
+      cells: signal and noise in channel and reservoir.
+      coupling: None without test points.
+      train_risk, test_risk: the losses; test_risk is None without test targets.
+      replay: largest relative distance between a recorded state and the same one computed again.
+    """
+
+    path: RealizedPath
+    operators: dict[str, jax.Array] | None
+    channel: Channel
+    gramian_eigenvalues: np.ndarray
+    residuals: np.ndarray
+    negative_share: float
+    forced: tuple[float, float]
+    identities: tuple[Identity, ...]
+    cells: tuple[Cell, ...]
+    coupling: MotionCoupling | None
+    train_risk: Risk
+    test_risk: Risk | None
+    replay: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report's numbers as plain Python values, ready for JSON; nan becomes None."""
+        num_train, num_test = self.path.sizes
+        return plain(
+            {
+                "loss": self.path.recording.loss.name,
+                "num_steps": self.path.recording.num_steps,
+                "num_train_outputs": num_train,
+                "num_test_outputs": num_test,
+                "quadrature": self.path.quadrature,
+                "identities": [row.as_dict() for row in self.identities],
+                "channel": {"rank": self.channel.rank, "rule": repr(self.channel.rule)},
+                "motion_eigenvalues": self.channel.eigenvalues,
+                "gramian_eigenvalues": self.gramian_eigenvalues,
+                "residuals": self.residuals,
+                "negative_share": self.negative_share,
+                "forced": self.forced,
+                "cells": [cell._asdict() for cell in self.cells],
+                "coupling": self.coupling and vars(self.coupling),
+                "train_risk": vars(self.train_risk),
+                "test_risk": self.test_risk and vars(self.test_risk),
+                "replay": self.replay,
+            }
+        )
+
+    def tables(self) -> list[Table]:
+        run, (num_train, num_test) = self.path.recording, self.path.sizes
+        sampled = len(self.channel.eigenvalues) < num_train
+        known = f", {len(self.channel.eigenvalues)} eigenpairs known" if sampled else ""
+        rows = [
+            ("outputs", f"N = {num_train} training, M = {num_test} test"),
+            ("steps", f"{run.num_steps}, averaged at {self.path.quadrature} Gauss points"),
+            ("training loss", str(self.train_risk)),
+        ]
+        if self.test_risk is not None:
+            rows.append(("test loss", str(self.test_risk)))
+        rows += [
+            ("signal channel", f"rank {self.channel.rank} of {num_train}, {self.channel.rule}{known}"),
+            ("W below zero", f"{100 * self.negative_share:.2g} % of its largest eigenvalue"),
+            ("moved by weight decay", f"{100 * self.forced[0]:.2g} % (training), {100 * self.forced[1]:.2g} % (test)"),
+        ]
+        if self.coupling is not None:
+            rows.append(
+                (
+                    f"test displacement from A, rank {self.coupling.rank}",
+                    f"correlation {self.coupling.correlation:.6f}, relative error {self.coupling.relative_error:.2g}",
+                )
+            )
+        title = f"Recorded run: {run.loss.name} loss, {run.num_steps} steps"
+        return [summary_table(title, rows), identity_table(self.identities), cell_table(self.cells)]
+
+
+def analyze_training(
+    recording: Recording,
+    x_q: PyTree | None = None,
+    *,
+    quadrature: int = 2,
+    rank: int = 16,
+    num_products: int = 2,
+    dense: bool | None = None,
+    rule: ChannelRule = TraceShare(),
+    clean_loss: OutputLoss | None = None,
+    test_loss: OutputLoss | None = None,
+    seed: int = 0,
+) -> TrainingReport:
+    """Gives the theory's account of a run as it was: its optimizer, its batches, its finite steps (theory §3).
+
+    The signal channel is that of the motion Gramian V: directions that never moved the parameters cannot be seen at
+    test (I6′). Where N is large, `rank` top eigenpairs of V and W are computed without forming either.
+
+    Args:
+      recording: a recorded run.
+      x_q: test inputs, m examples; None leaves out what concerns test points.
+      quadrature: Gauss points of the averages along each step; (I1)-(I4) hold to their error.
+      rank: eigenpairs where the operators are not formed.
+      num_products: products with a block of rank + 4 probes for these, 1 or more; their residuals fall with each.
+      dense: form the operators; None does for N ≤ 600.
+      rule: where the channel ends.
+      clean_loss: the same loss with uncorrupted targets; splits signal from noise in the four cells.
+      test_loss: the same loss with the targets of x_q; adds the test loss. Nothing else sees them.
+      seed: of random probes.
+
+    Returns:
+      A `TrainingReport`.
+
+    Raises:
+      TypeError, ValueError: an optimizer that is not linear in the gradients given its realized state, a recording
+        whose steps cannot be computed again, targets that do not fit.
+      MemoryError: dense operators that would not fit.
+
+    Cost: sweeps over the run, each quadrature · (number of probes) products with J on all points a step. Dense: one
+    with N probes. Else 3·num_products for V and for W with rank + 4 probes, and one with 8 and with 5.
+
+    Source: Litman & Guo, arXiv:2605.01172, extended to realized steps.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, optax
+      >>> from gramian import Recorder, analyze_training, minibatches, record_training, squared_loss
+      >>> x, loss = jnp.eye(3), squared_loss(jnp.array([1.0, -1.0, 0.5]))
+      >>> model = lambda w, x: jnp.tanh(x @ w)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _, run = record_training(
+      ...         model, jnp.zeros(3), x, loss, optax.adam(0.1), minibatches(3, 2, 20), Recorder(folder)
+      ...     )
+      ...     report = analyze_training(run, x + 0.1, quadrature=4)
+      >>> all(row.holds for row in report.identities)
+      True
+    """
+    path = RealizedPath(recording, x_q, quadrature)
+    check_count("num_products", num_products)
+    _check_companions(recording, x_q, clean_loss, test_loss)
+    dense = path.sizes[0] <= DENSE_OUTPUTS if dense is None else dense
+    first, g = _start(path)
+    if dense:
+        sweep = path.forward(jnp.eye(path.sizes[0], dtype=path.dtype))
+        operators = {name: np.asarray(one, np.float64) for name, one in _by_name(sweep).items()}
+        values, vectors = np.linalg.eigh(operators["motion"])
+        values, vectors = values[::-1], vectors[:, ::-1]
+        residuals, trace = np.zeros(len(values)), None
+        w_values = np.linalg.eigvalsh(operators["gramian"])[::-1]
+        lowest = w_values[-1]
+    else:
+        operators = None
+        pairs = {
+            name: ritz_pairs(RealizedOperator(path, name), rank, num_products=num_products, seed=seed)
+            for name in ("motion", "gramian")
+        }
+        values, vectors, residuals, _ = pairs["motion"]
+        w_values, lowest = pairs["gramian"].values, pairs["gramian"].lowest
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], (8, path.sizes[0]))
+        trace = float(np.trace(np.asarray(path.forward(signs).sums.motion))) / len(signs)
+    channel = Channel(values, vectors, rule.rank(np.maximum(values, 0), trace), rule)
+    parts = {"signal": g}
+    if clean_loss is not None:
+        signal = np.asarray(clean_loss.grad(first[0]), np.float64)
+        parts = {"signal": signal, "noise": g - signal}
+    swept: list[Sweep] = []
+
+    def respond(columns):
+        swept.append(path.forward(columns.T))
+        one = swept[-1]
+        energies = np.diagonal(np.asarray(one.sums.gramian, np.float64))[:-1]
+        return np.asarray(one.probes.psi).T, energies, -np.asarray(one.sums.moved_q[:-1]).T
+
+    cells = cells_of(parts, channel, respond)
+    run = _Run(path, swept[0], first, g)
+    basis = vectors[:, : max(1, channel.rank)]
+    if operators is not None:
+        seen = operators["test_transfer"]
+        responses = operators["displacement"] @ basis, seen @ basis
+        tried = seen @ vectors, values
+    else:
+        probes = path.forward(vectors.T)
+        responses = tuple(
+            -np.asarray(one[:-1]).T[:, : basis.shape[1]] for one in (probes.sums.moved, probes.sums.moved_q)
+        )
+        tried = -np.asarray(probes.sums.moved_q[:-1]).T, np.diagonal(np.asarray(probes.sums.motion))
+    has_test = path.sizes[1] > 0
+    identities = run.path_identities(RealizedPath(recording, x_q, quadrature + 1).forward(g[None]))
+    if has_test:
+        identities.append(run.invisibility(*tried))
+    return TrainingReport(
+        path=path,
+        operators=operators,
+        channel=channel,
+        gramian_eigenvalues=w_values,
+        residuals=residuals,
+        negative_share=max(0.0, -float(lowest)) / float(w_values[0]) if w_values[0] > 0 else 1.0,
+        forced=run.forced,
+        identities=tuple(identities),
+        cells=cells,
+        coupling=run.coupling(*responses) if has_test else None,
+        train_risk=run.train_risk(),
+        test_risk=None if test_loss is None else run.test_risk(test_loss),
+        replay=max(sweep.replay for sweep in swept),
+    )
+
+
+def _start(path: RealizedPath):
+    run = path.recording
+    first = [rows(run.apply_fn, run.params, x) if x is not None else None for x in (run.x_s, path.x_q)]
+    return first, np.asarray(run.loss.grad(first[0]), np.float64)
+
+
+def _check_companions(recording, x_q, clean_loss, test_loss):
+    if clean_loss is not None:
+        check_targets(clean_loss, *check_apply(recording.apply_fn, recording.params, recording.x_s, "x_s"))
+        if clean_loss.name != recording.loss.name:
+            raise ValueError(f"clean_loss is {clean_loss.name}, but the run's loss {recording.loss.name}.")
+    if test_loss is not None:
+        if x_q is None:
+            raise ValueError("test_loss needs the test inputs it belongs to; pass x_q.")
+        check_targets(test_loss, *check_apply(recording.apply_fn, recording.params, x_q, "x_q"))
+
+
+def _predictions(sweep: Sweep) -> list[np.ndarray]:
+    """What the first probe, g, and the forced part say of g(T), the loss drop, and both displacements."""
+    gramian = np.asarray(sweep.sums.gramian, np.float64)
+    found = [np.asarray(sweep.probes.psi[0] + sweep.shared.forced.psi[0], np.float64)]
+    found.append(gramian[0, 0] + 2 * gramian[0, -1] + gramian[-1, -1])
+    found += [np.asarray(one[0] + one[-1], np.float64) for one in (sweep.sums.moved, sweep.sums.moved_q)]
+    return found
+
+
+class _Run:
+    """The run's first and last outputs, beside what the sweep of g (its first probe) and the forced part say."""
+
+    def __init__(self, path: RealizedPath, sweep: Sweep, first: list[Any], g: np.ndarray):
+        run = path.recording
+        last = [
+            rows(run.apply_fn, sweep.shared.state.params, x) if x is not None else None for x in (run.x_s, path.x_q)
+        ]
+        self.path, self.sweep, self.sums = path, sweep, sweep.sums
+        self.first, self.last, self.g = first, last, g
+        self.moved, self.moved_q = (
+            np.zeros(0) if a is None else np.asarray(b - a, np.float64).reshape(-1)
+            for a, b in zip(first, last, strict=True)
+        )
+        self.g_last = np.asarray(run.loss.grad(last[0]), np.float64)
+        self.losses = tuple(float(run.loss.value(u)) for u in (first[0], last[0]))
+
+    @property
+    def forced(self) -> tuple[float, float]:
+        pairs = (self.sums.moved, self.moved), (self.sums.moved_q, self.moved_q)
+        return tuple(
+            float(np.linalg.norm(one[-1]) / max(np.linalg.norm(all_of_it), 1e-300)) for one, all_of_it in pairs
+        )
+
+    def path_identities(self, finer: Sweep) -> list[Identity]:
+        """(I1)-(I4), with ten times the effect of one more Gauss point for their tolerance."""
+        floor = 1e4 * float(jnp.finfo(self.path.dtype).eps) * np.sqrt(len(self.g))
+        statements = {
+            "(I1)": ("g(T) = P g(s)", self.g_last, self.g),
+            "(I2)": ("Φ(s) − Φ(T) = gᵀ W g", self.losses[0] - self.losses[1], self.losses[0] - self.losses[1]),
+            "(I3)": ("U_S(T) − U_S(s) = −D g", self.moved, self.moved),
+            "(I4)": ("U_Q(T) − U_Q(s) = −G g", self.moved_q, self.moved_q),
+        }
+        found = []
+        for (name, (statement, expected, scale)), ours, theirs in zip(
+            statements.items(), _predictions(self.sweep), _predictions(finer), strict=True
+        ):
+            if not np.size(expected):
+                continue
+            size = max(float(np.linalg.norm(scale)), np.finfo(float).tiny)
+            residual = float(np.linalg.norm(ours - expected)) / size
+            tolerance = max(floor, 10 * float(np.linalg.norm(ours - theirs)) / size)
+            found.append(Identity(name, statement, residual, tolerance, residual <= tolerance))
+        return found
+
+    def invisibility(self, seen: np.ndarray, motion: np.ndarray) -> Identity:
+        bound = float(self.sums.visibility)
+        allowed = bound * np.asarray(motion, np.float64)
+        floor = 100 * float(jnp.finfo(self.path.dtype).eps) * allowed.max()
+        ratio = float((np.sum(np.asarray(seen, np.float64) ** 2, axis=0) / np.maximum(allowed, floor)).max())
+        return Identity(
+            "(I6′)",
+            "‖G ψ‖² ≤ (Σ λ_max(J̄_Q N J̄_Qᵀ)) ψᵀ V ψ",
+            max(0.0, ratio - 1),
+            0.0,
+            ratio <= 1,
+            f"largest ratio {ratio:.2g} over {len(allowed)} eigenvectors of V",
+        )
+
+    def coupling(self, moved: np.ndarray, moved_q: np.ndarray) -> MotionCoupling:
+        predicted = moved_q @ (np.linalg.pinv(np.asarray(moved, np.float64), rcond=1e-12) @ self.moved)
+        x, y = predicted - predicted.mean(), self.moved_q - self.moved_q.mean()
+        size = np.linalg.norm(x) * np.linalg.norm(y)
+        return MotionCoupling(
+            rank=moved.shape[1],
+            correlation=float(x @ y / size) if size > 0 else float("nan"),
+            relative_error=float(np.linalg.norm(predicted - self.moved_q) / np.linalg.norm(self.moved_q)),
+        )
+
+    def train_risk(self) -> Risk:
+        return Risk(*self.losses, self.losses[0] - float(_predictions(self.sweep)[1]))
+
+    def test_risk(self, loss: OutputLoss) -> Risk:
+        start, end = self.first[1], self.last[1]
+        predicted = start + _predictions(self.sweep)[3].reshape(start.shape).astype(start.dtype)
+        return Risk(*(float(loss.value(u)) for u in (start, end, predicted)))
