@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator
@@ -145,10 +146,10 @@ class Recorder:
         """Writes what is left; a run that ends between two kept states passes its last one."""
         assert self._manager is not None
         if self._batches:
-            if params is not None:
-                self._save(TrainState(params, opt_state))
-            elif self._kept[-1][0] == self._step:
+            if self._kept[-1][0] == self._step:
                 self._save(self._kept.pop()[1])
+            elif params is not None:
+                self._save(TrainState(params, opt_state))
             else:
                 raise ValueError(
                     f"the run ends at step {self._step}, which no multiple of every={self.every} is: pass the last "
@@ -176,6 +177,8 @@ class Recorder:
         try:
             write()
         except Exception as error:  # Orbax raises whatever its storage raises
+            with contextlib.suppress(Exception):  # what was being written before may still arrive
+                self._manager.wait_until_finished()
             saved = max(_manager(self.directory).all_steps(), default=0)
             raise OSError(
                 f"recording to {self.directory} failed at step {self._step} ({type(error).__name__}: "
