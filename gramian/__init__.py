@@ -11,6 +11,7 @@ from gramian._frozen import FrozenKernel, freeze
 from gramian._identities import Identity, identities
 from gramian._integrator import FlowState, Integrator, StepInfo
 from gramian._krylov import RitzPairs, ritz_pairs
+from gramian._live import LiveChannel, LiveInfo, LiveState
 from gramian._losses import (
     OutputLoss,
     convex_loss,
@@ -60,6 +61,9 @@ __all__ = [
     "KernelEvolution",
     "KernelPoint",
     "KernelSource",
+    "LiveChannel",
+    "LiveInfo",
+    "LiveState",
     "Observable",
     "Operators",
     "OutputLoss",

@@ -12,8 +12,10 @@ for SGD and Adam, η/(1−β) for heavy-ball momentum.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,12 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
 from entk._checks import check_apply, check_count, check_fits
 from entk._jacobian import model_precision
 from gramian._frozen_update import FrozenUpdate
 from gramian._losses import OutputLoss, block_product
 from gramian._recording import Recording, TrainState, batch_gradient
+from gramian._stash import fingerprint, read_tree, write_tree
 
 PyTree = Any
 POWER_STEPS = 3  # products with J̄_Q N J̄_Qᵀ a step, which go on from the last step's vector
@@ -95,6 +100,8 @@ class RealizedPath:
       x_q: test inputs, m examples, or None.
       quadrature: Gauss points of the averages along a step; (I1)-(I4) hold to their error: about 1e-3, 1e-6, 1e-8 and
         1e-10 with 1 to 4 points in a run of usual steps.
+      store: folder for the results of sweeps; a killed analysis that is run again takes finished ones from there.
+      progress: draws a progress bar for every sweep.
 
     Raises:
       ValueError: an optimizer that is not linear in the gradients given its realized state; fewer than 1 point.
@@ -103,6 +110,8 @@ class RealizedPath:
     recording: Recording
     x_q: PyTree | None = None
     quadrature: int = 2
+    store: str | Path | None = None
+    progress: bool = False
     update: FrozenUpdate = field(init=False, repr=False)
     sizes: tuple[int, int] = field(init=False, repr=False)
 
@@ -127,30 +136,24 @@ class RealizedPath:
 
     def start(self, psi: Float[Array, "r N"]) -> tuple[Shared, Probes]:
         """Probes ψ at the first step."""
-        state = TrainState(self.recording.params, self.recording.optimizer.init(self.recording.params))
-        nothing = self.update.init_history(state.opt_state)
-
-        def repeated(leaves, r):
-            return [jnp.broadcast_to(leaf, (r, *leaf.shape)) for leaf in leaves]
-
-        num_train, num_test = self.sizes
-        forced = self.update.init_history(state.opt_state, forced=True)
-        return (
-            Shared(
-                state,
-                nothing,
-                Probes(jnp.zeros((1, num_train), self.dtype), repeated(forced, 1)),
-                jnp.ones(num_test, self.dtype) / max(1, num_test) ** 0.5,
-            ),
-            Probes(psi, repeated(nothing, len(psi))),
-        )
+        run = self.recording
+        return start_probes(self.update, TrainState(run.params, run.optimizer.init(run.params)), psi, self.sizes[1])
 
     def forward(self, psi: Float[Array, "r N"], *, visit=None) -> Sweep:
         """Carries r probes along the run. `visit(segment, shared, probes)` sees every segment before it is swept."""
-        shared, probes = self.start(jnp.asarray(psi, self.dtype))
-        sums = _no_sums(len(psi), *self.sizes, self.dtype)
+        psi = jnp.asarray(psi, self.dtype)
+        if visit is not None:
+            return self._forward(psi, visit)
+        shared, probes = self.start(psi)
+        template = Sweep(probes, shared, no_sums(len(psi), *self.sizes, self.dtype), np.zeros(()))
+        sweep = self._stored(("forward", psi), template, lambda: self._forward(psi, None))
+        return sweep._replace(replay=float(sweep.replay))
+
+    def _forward(self, psi, visit) -> Sweep:
+        shared, probes = self.start(psi)
+        sums = no_sums(len(psi), *self.sizes, self.dtype)
         replay = 0.0
-        for segment in self.recording.segments():
+        for segment in self._track(self.recording.segments(), "forwards"):
             if visit is not None:
                 visit(segment, shared, probes)
             shared = shared._replace(state=segment.start)
@@ -158,7 +161,7 @@ class RealizedPath:
             sums = jax.tree.map(jnp.add, sums, more)
             replay = max(replay, _distance(shared.state.params, segment.end.params))
         self._check_replay(replay)
-        return Sweep(probes, shared, sums, replay)
+        return Sweep(probes, shared, sums, np.asarray(replay))
 
     def backward(
         self,
@@ -172,32 +175,64 @@ class RealizedPath:
         """Adjoint sweep: Pᵀ `propagated` + Σ S_kᵀ `moved` + Σ (J̄_Q DW)ᵀ `moved_q`, or W ψ, V ψ with `of`.
 
         For W and V it is half the gradient of ψᵀWψ, taken back through the forward sweep, whose states at the starts of
-        the segments are kept in host memory.
+        the segments are kept in a temporary folder meanwhile.
         """
         given = next(x for x in (psi, propagated, moved, moved_q) if x is not None)
         r, (num_train, num_test) = len(given), self.sizes
-        stash: dict[int, Any] = {}
-
-        def keep(segment, shared, probes):
-            stash[segment.step] = jax.device_get((shared.ones, probes))
-
         zero = jnp.zeros((r, num_train), self.dtype)
-        if of is not None:
-            self.forward(zero if psi is None else psi, visit=keep)
+        psi = zero if psi is None else jnp.asarray(psi, self.dtype)
         cotangent = zero if propagated is None else jnp.asarray(propagated, self.dtype)
         sources = (
             zero if moved is None else jnp.asarray(moved, self.dtype),
             jnp.zeros((r, num_test), self.dtype) if moved_q is None else jnp.asarray(moved_q, self.dtype),
             jnp.asarray([of == "gramian", of == "motion"], self.dtype),
         )
-        shared, nothing = self.start(zero)
+        key = ("backward", psi, cotangent, sources)
+        return self._stored(key, zero, lambda: self._backward(psi, cotangent, sources, of is not None))
+
+    def _backward(self, psi, cotangent, sources, quadratic: bool):
+        shared, nothing = self.start(jnp.zeros_like(psi))
         back = Probes(cotangent, nothing.history)
-        for segment in self.recording.segments(backwards=True):
-            # Where no quadratic form is differentiated the map is linear, and where it is taken does not matter.
-            ones, probes = stash.pop(segment.step, (shared.ones, nothing))
-            here = shared._replace(state=segment.start, ones=ones)
-            back = _backward(*self._static, self.data, here, probes, jnp.asarray(segment.batches), back, sources)
-        return back.psi / (2 if of is not None else 1)
+        with tempfile.TemporaryDirectory() as folder:
+
+            def place(segment):
+                return Path(folder) / f"{segment.step}.npz"
+
+            if quadratic:
+                self._forward(psi, lambda segment, *state: write_tree(place(segment), (state[0].ones, state[1])))
+            for segment in self._track(self.recording.segments(backwards=True), "backwards"):
+                # Where no quadratic form is differentiated the map is linear, and where it is taken does not matter.
+                ones, probes = shared.ones, nothing
+                if quadratic:
+                    ones, probes = read_tree(place(segment), (ones, probes))
+                    place(segment).unlink()
+                here = shared._replace(state=segment.start, ones=ones)
+                back = _backward(*self._static, self.data, here, probes, jnp.asarray(segment.batches), back, sources)
+        return back.psi / (2 if quadratic else 1)
+
+    def _stored(self, key, template, compute):
+        """The result of a sweep that was finished before, or a new one."""
+        if self.store is None:
+            return compute()
+        run = self.recording
+        name, *arrays = key
+        code = fingerprint(arrays, self.data, run.params, np.asarray([self.quadrature, run.num_steps]))
+        path = Path(self.store) / f"{name}-{code[:32]}.npz"
+        if path.exists():
+            try:
+                return jax.tree.map(jnp.asarray, read_tree(path, template))
+            except ValueError as damaged:
+                print(f"{damaged} It is computed again.")
+        result = compute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tree(path, result)
+        return result
+
+    def _track(self, segments, direction):
+        if not self.progress:
+            return segments
+        total = self.recording.num_steps
+        return _with_bar(segments, direction, total)
 
     @property
     def _static(self):
@@ -305,7 +340,37 @@ def _by_name(sweep: Sweep) -> dict[str, Array]:
     }
 
 
-def _no_sums(r, num_train, num_test, dtype) -> Sums:
+def _with_bar(segments, direction, total):
+    columns = (
+        TextColumn(f"sweep {direction}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        for segment in segments:
+            yield segment
+            bar.advance(task, len(segment.batches))
+
+
+def start_probes(
+    update: FrozenUpdate, state: TrainState, psi: Float[Array, "r N"], num_test: int
+) -> tuple[Shared, Probes]:
+    """r probes before the first step: P = I, and an optimizer that remembers nothing of them."""
+
+    def repeated(leaves, r):
+        return [jnp.broadcast_to(leaf, (r, *leaf.shape)) for leaf in leaves]
+
+    nothing = update.init_history(state.opt_state)
+    remembered = update.init_history(state.opt_state, forced=True)
+    forced = Probes(jnp.zeros((1, psi.shape[1]), psi.dtype), repeated(remembered, 1))
+    direction = jnp.ones(num_test, psi.dtype) / max(1, num_test) ** 0.5
+    return Shared(state, nothing, forced, direction), Probes(psi, repeated(nothing, len(psi)))
+
+
+def no_sums(r, num_train, num_test, dtype) -> Sums:
     shapes = (r + 1, num_train), (r + 1, num_test), (r + 1, r + 1), (r, r), ()
     return Sums(*(jnp.zeros(shape, dtype) for shape in shapes))
 
@@ -328,7 +393,7 @@ def _forward(apply_fn, update, quadrature, data, shared, probes, batches):
         shared, probes, more = realized_step(apply_fn, update, quadrature, data, shared, probes, batch)
         return (shared, probes, jax.tree.map(jnp.add, sums, more)), None
 
-    sums = _no_sums(len(probes.psi), probes.psi.shape[1], len(shared.direction), probes.psi.dtype)
+    sums = no_sums(len(probes.psi), probes.psi.shape[1], len(shared.direction), probes.psi.dtype)
     return jax.lax.scan(body, (shared, probes, sums), batches)[0]
 
 

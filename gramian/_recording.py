@@ -81,7 +81,7 @@ class Recorder:
       ...         w = optax.apply_updates(w, updates)
       ...         recorder.update([k % 3], w, state)
       ...     recorder.close()
-      ...     print(Recorder(folder, every=2).start(w, state)[2])
+      ...     print(Recorder(folder, every=2).start(jnp.ones(2), tx.init(jnp.ones(2)))[2])
       4
     """
 
@@ -210,7 +210,7 @@ class Recording:
     params: PyTree = field(repr=False)
 
     def __post_init__(self):
-        _check_problem(self.apply_fn, self.params, self.x_s, self.loss)
+        check_training(self.apply_fn, self.params, self.x_s, self.loss)
         if not self.num_steps:
             raise ValueError(f"{self.directory} holds no recorded step; record the run with record_training.")
 
@@ -283,7 +283,7 @@ def record_training(
       ...     run.num_steps
       30
     """
-    num_examples = _check_problem(apply_fn, params, x_s, loss)
+    num_examples = check_training(apply_fn, params, x_s, loss)
     batches = np.asarray(batches)
     if batches.ndim != 2 or not np.issubdtype(batches.dtype, np.integer) or not batches.size:
         raise ValueError(
@@ -366,7 +366,7 @@ def batch_gradient(apply_fn, loss, x_s, params, batch):
     return pull(jax.vmap(jax.grad(loss.example_loss))(out, targets) / len(batch))[0], pull
 
 
-def _check_problem(apply_fn, params, x_s, loss) -> int:
+def check_training(apply_fn, params, x_s, loss) -> int:
     if not isinstance(loss, OutputLoss):
         raise TypeError(f"loss is a {type(loss).__name__}; build it with squared_loss(y) or another gramian loss.")
     spec = check_apply(apply_fn, params, x_s, "x_s")

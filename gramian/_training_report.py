@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -141,6 +142,8 @@ def analyze_training(
     clean_loss: OutputLoss | None = None,
     test_loss: OutputLoss | None = None,
     seed: int = 0,
+    store: str | Path | None = None,
+    progress: bool = False,
 ) -> TrainingReport:
     """Gives the theory's account of a run as it was: its optimizer, its batches, its finite steps (theory §3).
 
@@ -158,6 +161,8 @@ def analyze_training(
       clean_loss: the same loss with uncorrupted targets; splits signal from noise in the four cells.
       test_loss: the same loss with the targets of x_q; adds the test loss. Nothing else sees them.
       seed: of random probes.
+      store: folder for finished sweeps; a killed analysis that is run again takes them from there, bit for bit.
+      progress: draws progress bars.
 
     Returns:
       A `TrainingReport`.
@@ -185,7 +190,7 @@ def analyze_training(
       >>> all(row.holds for row in report.identities)
       True
     """
-    path = RealizedPath(recording, x_q, quadrature)
+    path = RealizedPath(recording, x_q, quadrature, store, progress)
     check_count("num_products", num_products)
     _check_companions(recording, x_q, clean_loss, test_loss)
     dense = path.sizes[0] <= DENSE_OUTPUTS if dense is None else dense
@@ -235,7 +240,7 @@ def analyze_training(
         )
         tried = -np.asarray(probes.sums.moved_q[:-1]).T, np.diagonal(np.asarray(probes.sums.motion))
     has_test = path.sizes[1] > 0
-    identities = run.path_identities(RealizedPath(recording, x_q, quadrature + 1).forward(g[None]))
+    identities = run.path_identities(RealizedPath(recording, x_q, quadrature + 1, store, progress).forward(g[None]))
     if has_test:
         identities.append(run.invisibility(*tried))
     return TrainingReport(

@@ -1,0 +1,60 @@
+"""Ritz pairs against full eigendecompositions."""
+
+import numpy as np
+import pytest
+
+from gramian import ritz_pairs
+
+
+class Matrix:
+    """A symmetric matrix that counts its products."""
+
+    def __init__(self, values, seed=0):
+        basis = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(values), len(values))))[0]
+        self.matrix, self.calls = (basis * values) @ basis.T, 0
+        self.shape, self.dtype = self.matrix.shape, np.dtype(np.float64)
+
+    def mv(self, block):
+        self.calls += 1
+        return self.matrix @ block
+
+
+def test_a_fast_spectrum_is_found_with_three_products():
+    values = np.concatenate([[100.0, 100.0, 50.0], 2.0 ** -np.arange(40), [-0.5] * 7])
+    operator = Matrix(values)
+    found = ritz_pairs(operator, 3, num_products=3)
+    assert operator.calls == 3
+    np.testing.assert_allclose(found.values, [100, 100, 50], rtol=1e-9)
+    exact = np.linalg.norm(operator.matrix @ found.vectors - found.vectors * found.values, axis=0)
+    np.testing.assert_allclose(found.residuals, exact, atol=1e-10)
+    assert -0.5 <= found.lowest < 0
+
+
+@pytest.mark.parametrize("num_products", [1, 2, 4])
+def test_values_are_bounds_and_residuals_cover_their_error(num_products):
+    values = np.sort(np.random.default_rng(1).exponential(size=60))[::-1] - 0.2
+    operator = Matrix(values)
+    found = ritz_pairs(operator, 5, num_products=num_products, seed=3)
+    assert (found.values <= values[:5] + 1e-12).all()
+    for value, residual in zip(found.values, found.residuals, strict=True):
+        assert np.abs(values - value).min() <= residual + 1e-12
+    np.testing.assert_allclose(found.vectors.T @ found.vectors, np.eye(5), atol=1e-12)
+
+
+def test_more_products_bring_the_residual_down():
+    operator = Matrix(1.0 / np.arange(1, 201))
+    residuals = [ritz_pairs(operator, 4, num_products=k).residuals.max() for k in (1, 2, 4, 8)]
+    assert residuals[3] < residuals[2] < residuals[1] < residuals[0]
+    assert residuals[3] < residuals[0] / 20
+
+
+def test_the_whole_space_and_an_exhausted_one():
+    operator = Matrix(np.array([3.0, 2.0, 1.0, 0.0, 0.0]))
+    np.testing.assert_allclose(ritz_pairs(operator, 5, num_products=3).values, [3, 2, 1, 0, 0], atol=1e-12)
+    low_rank = Matrix(np.concatenate([[2.0, 1.0], np.zeros(48)]))
+    np.testing.assert_allclose(ritz_pairs(low_rank, 4, num_products=3).values, [2, 1, 0, 0], atol=1e-10)
+
+
+def test_a_rank_that_cannot_be_reached():
+    with pytest.raises(ValueError, match="rank=9 exceeds the 4"):
+        ritz_pairs(Matrix(np.ones(20)), 9, block_size=2, num_products=2)
