@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from entk._checks import check_count
@@ -75,7 +76,7 @@ def ritz_pairs(
         block = _orthonormal(image, basis, rng)
         if not block.shape[1]:
             break
-        image = np.asarray(operator.mv(block.astype(operator.dtype)), np.float64)
+        image = np.asarray(operator.mv(jnp.asarray(block)), np.float64)
         basis, images = np.hstack([basis, block]), np.hstack([images, image])
     projected = basis.T @ images
     values, rotation = np.linalg.eigh((projected + projected.T) / 2)

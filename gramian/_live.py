@@ -96,7 +96,7 @@ class LiveChannel:
         psi = jnp.linalg.qr(jnp.asarray(probes, dtype))[0].T
         update = self._update_of(params)
         shared, rows = start_probes(update, TrainState(params, opt_state), psi, 0)
-        return LiveState(rows, shared, no_sums(*psi.shape, 0, dtype))
+        return LiveState(rows, shared, no_sums(len(psi), psi.shape[1], 0, dtype))
 
     def update(self, state: LiveState, params: PyTree, opt_state: PyTree, batch: Array) -> tuple[LiveState, LiveInfo]:
         """The step that takes (params, opt_state) on by the examples `batch`; called before or after it is taken."""

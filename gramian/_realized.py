@@ -88,7 +88,7 @@ class Sweep(NamedTuple):
     probes: Probes
     shared: Shared
     sums: Sums
-    replay: float
+    replay: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ class RealizedPath:
         run = self.recording
         return start_probes(self.update, TrainState(run.params, run.optimizer.init(run.params)), psi, self.sizes[1])
 
-    def forward(self, psi: Float[Array, "r N"], *, visit=None) -> Sweep:
+    def forward(self, psi: Float[Array | np.ndarray, "r N"], *, visit=None) -> Sweep:
         """Carries r probes along the run. `visit(segment, shared, probes)` sees every segment before it is swept."""
         psi = jnp.asarray(psi, self.dtype)
         if visit is not None:
@@ -165,7 +165,7 @@ class RealizedPath:
 
     def backward(
         self,
-        psi: Float[Array, "r N"] | None = None,
+        psi: Float[Array | np.ndarray, "r N"] | None = None,
         *,
         propagated: Array | None = None,
         moved: Array | None = None,
@@ -295,12 +295,13 @@ class RealizedOperator:
         rows = self._checked(vector, self.shape[0])
         if self.name in ("gramian", "motion"):
             return self.mv(vector)
-        sources = {
-            "propagator": {"propagated": rows},
-            "displacement": {"moved": -rows},
-            "test_transfer": {"moved_q": -rows},
-        }
-        return _like(self.path.backward(**sources[self.name]), vector)
+        if self.name == "propagator":
+            found = self.path.backward(propagated=rows)
+        elif self.name == "displacement":
+            found = self.path.backward(moved=-rows)
+        else:
+            found = self.path.backward(moved_q=-rows)
+        return _like(found, vector)
 
     def as_matrix(self) -> Float[Array, "rows N"]:
         """All of it, by one forward sweep with N probes."""
@@ -450,8 +451,9 @@ def realized_step(
     pushed_q = jnp.zeros((len(pushed), 0), pushed.dtype) if x_q is None else push(x_q, moves)
     before, behind = (rows(apply_fn, w, x_s) for w in (params, following))
     hessians = [loss.hessian(before + node * (behind - before)) for node in nodes]
-    hessian = sum(weight * block for weight, block in zip(weights, hessians, strict=True))
-    remainder = sum(w * (1 - node) * block for node, w, block in zip(nodes, weights, hessians, strict=True))
+    hessian = jnp.tensordot(jnp.array(weights, before.dtype), jnp.stack(hessians), 1)
+    beyond = [weight * (1 - node) for node, weight in zip(nodes, weights, strict=True)]
+    remainder = jnp.tensordot(jnp.array(beyond, before.dtype), jnp.stack(hessians), 1)
 
     psi = jnp.concatenate([probes.psi, shared.forced.psi])
     cross = _matmul(psi, pushed.T)
@@ -494,12 +496,11 @@ def _matmul(a, b):
 
 def _motion(steps: PyTree, response: PyTree) -> Array:
     """DWᵀ N⁻¹ DW; where N is zero nothing has ever moved."""
-    total = 0.0
+    products = []
     for step, diagonal in zip(jax.tree.leaves(steps), jax.tree.leaves(response), strict=True):
         scaled = jnp.where(diagonal > 0, step / jnp.where(diagonal > 0, diagonal, 1), 0)
-        rows = len(step)
-        total = total + _matmul(scaled.reshape(rows, -1), step.reshape(rows, -1).T)
-    return total
+        products.append(_matmul(scaled.reshape(len(step), -1), step.reshape(len(step), -1).T))
+    return sum(products[1:], products[0])
 
 
 def _power(product, direction):

@@ -177,6 +177,7 @@ class Recorder:
         try:
             write()
         except Exception as error:  # Orbax raises whatever its storage raises
+            assert self._manager is not None
             with contextlib.suppress(Exception):  # what was being written before may still arrive
                 self._manager.wait_until_finished()
             saved = max(_manager(self.directory).all_steps(), default=0)
@@ -383,7 +384,7 @@ def _manager(directory: str | Path) -> ocp.CheckpointManager:
 
 def _read(manager: ocp.CheckpointManager, step: int) -> tuple[dict[str, Any] | None, str]:
     try:
-        tree = manager.restore(step, args=ocp.args.StandardRestore())
+        tree = dict(manager.restore(step, args=ocp.args.StandardRestore()) or {})
         intact = bytes(tree.pop("digest")).decode() == _digest(tree)
     except Exception as error:  # Orbax raises whatever its storage raises
         return None, type(error).__name__

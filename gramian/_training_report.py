@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from rich.table import Table
 
 from entk._checks import check_apply, check_count
@@ -65,7 +65,7 @@ class TrainingReport(Shown):
     """
 
     path: RealizedPath
-    operators: dict[str, jax.Array] | None
+    operators: dict[str, np.ndarray] | None
     channel: Channel
     gramian_eigenvalues: np.ndarray
     residuals: np.ndarray
@@ -194,7 +194,8 @@ def analyze_training(
     check_count("num_products", num_products)
     _check_companions(recording, x_q, clean_loss, test_loss)
     dense = path.sizes[0] <= DENSE_OUTPUTS if dense is None else dense
-    first, g = _start(path)
+    first = _outputs(path, recording.params)
+    g = np.asarray(recording.loss.grad(first[0]), np.float64)
     if dense:
         sweep = path.forward(jnp.eye(path.sizes[0], dtype=path.dtype))
         operators = {name: np.asarray(one, np.float64) for name, one in _by_name(sweep).items()}
@@ -260,10 +261,11 @@ def analyze_training(
     )
 
 
-def _start(path: RealizedPath):
+def _outputs(path: RealizedPath, params: PyTree) -> tuple[Array, Array]:
+    """Training and test outputs, (0, c) without test points."""
     run = path.recording
-    first = [rows(run.apply_fn, run.params, x) if x is not None else None for x in (run.x_s, path.x_q)]
-    return first, np.asarray(run.loss.grad(first[0]), np.float64)
+    u_s = rows(run.apply_fn, params, run.x_s)
+    return u_s, u_s[:0] if path.x_q is None else rows(run.apply_fn, params, path.x_q)
 
 
 def _check_companions(recording, x_q, clean_loss, test_loss):
@@ -289,26 +291,21 @@ def _predictions(sweep: Sweep) -> list[np.ndarray]:
 class _Run:
     """The run's first and last outputs, beside what the sweep of g (its first probe) and the forced part say."""
 
-    def __init__(self, path: RealizedPath, sweep: Sweep, first: list[Any], g: np.ndarray):
+    def __init__(self, path: RealizedPath, sweep: Sweep, first: tuple[Array, Array], g: np.ndarray):
         run = path.recording
-        last = [
-            rows(run.apply_fn, sweep.shared.state.params, x) if x is not None else None for x in (run.x_s, path.x_q)
-        ]
+        last = _outputs(path, sweep.shared.state.params)
         self.path, self.sweep, self.sums = path, sweep, sweep.sums
         self.first, self.last, self.g = first, last, g
-        self.moved, self.moved_q = (
-            np.zeros(0) if a is None else np.asarray(b - a, np.float64).reshape(-1)
-            for a, b in zip(first, last, strict=True)
-        )
+        self.moved, self.moved_q = (np.asarray(b - a, np.float64).reshape(-1) for a, b in zip(first, last, strict=True))
         self.g_last = np.asarray(run.loss.grad(last[0]), np.float64)
         self.losses = tuple(float(run.loss.value(u)) for u in (first[0], last[0]))
 
     @property
     def forced(self) -> tuple[float, float]:
-        pairs = (self.sums.moved, self.moved), (self.sums.moved_q, self.moved_q)
-        return tuple(
-            float(np.linalg.norm(one[-1]) / max(np.linalg.norm(all_of_it), 1e-300)) for one, all_of_it in pairs
-        )
+        def share(sums, moved):
+            return float(np.linalg.norm(sums[-1]) / max(np.linalg.norm(moved), np.finfo(float).tiny))
+
+        return share(self.sums.moved, self.moved), share(self.sums.moved_q, self.moved_q)
 
     def path_identities(self, finer: Sweep) -> list[Identity]:
         """(I1)-(I4), with ten times the effect of one more Gauss point for their tolerance."""
@@ -356,7 +353,8 @@ class _Run:
         )
 
     def train_risk(self) -> Risk:
-        return Risk(*self.losses, self.losses[0] - float(_predictions(self.sweep)[1]))
+        start, end = self.losses
+        return Risk(start, end, start - float(_predictions(self.sweep)[1]))
 
     def test_risk(self, loss: OutputLoss) -> Risk:
         start, end = self.first[1], self.last[1]
