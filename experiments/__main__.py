@@ -5,8 +5,14 @@ import tyro
 from experiments.benchmarks.flow import main as benchmark_flow
 from experiments.benchmarks.ntk import main as benchmark_ntk
 from experiments.quickstart import main as quickstart
+from experiments.realized import main as realized
 
-EXPERIMENTS = {"quickstart": quickstart, "benchmark-flow": benchmark_flow, "benchmark-ntk": benchmark_ntk}
+EXPERIMENTS = {
+    "quickstart": quickstart,
+    "realized": realized,
+    "benchmark-flow": benchmark_flow,
+    "benchmark-ntk": benchmark_ntk,
+}
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def write_row(name: str, cells: tuple[str, ...]) -> None:
     path = ROOT / "results" / name / "row.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"| {' | '.join(cells)} |\n")
-    rows = [row.read_text() for row in sorted((ROOT / "results").glob("*/row.md"))]
+    rows = [row.read_text() for row in sorted((ROOT / "results").rglob("row.md"))]
     write_readme("results", "| experiment | setting | outcome | cost |\n|---|---|---|---|\n" + "".join(rows))
 
 

@@ -327,17 +327,13 @@ def dense_operators(path: RealizedPath) -> dict[str, Array]:
         f"carrying N = {num_train} probes through {num_params:,} parameters",
         "Use RealizedOperator, or analyze_training with dense=False.",
     )
-    return _by_name(path.forward(jnp.eye(num_train, dtype=path.dtype)))
-
-
-def _by_name(sweep: Sweep) -> dict[str, Array]:
-    sums = sweep.sums
+    sweep = path.forward(jnp.eye(num_train, dtype=path.dtype))
     return {
         "propagator": sweep.probes.psi.T,
-        "gramian": sums.gramian[:-1, :-1],
-        "motion": sums.motion,
-        "displacement": -sums.moved[:-1].T,
-        "test_transfer": -sums.moved_q[:-1].T,
+        "gramian": sweep.sums.gramian[:-1, :-1],
+        "motion": sweep.sums.motion,
+        "displacement": -sweep.sums.moved[:-1].T,
+        "test_transfer": -sweep.sums.moved_q[:-1].T,
     }
 
 

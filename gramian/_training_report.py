@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,13 +17,14 @@ from gramian._channel import Channel, ChannelRule, TraceShare
 from gramian._identities import Identity
 from gramian._krylov import ritz_pairs
 from gramian._losses import OutputLoss, check_targets
-from gramian._realized import RealizedOperator, RealizedPath, Sweep, _by_name, rows
+from gramian._realized import RealizedOperator, RealizedPath, Sweep, dense_operators, rows
 from gramian._recording import Recording
 from gramian._report import Risk
 from gramian._shown import Shown, cell_table, identity_table, plain, summary_table
 
 PyTree = Any
 DENSE_OUTPUTS = 600  # N up to which the operators are formed
+TRACE_PROBES = 8
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ class TrainingReport(Shown):
         run, (num_train, num_test) = self.path.recording, self.path.sizes
         sampled = len(self.channel.eigenvalues) < num_train
         known = f", {len(self.channel.eigenvalues)} eigenpairs known" if sampled else ""
+        if sampled and self.channel.rank == len(self.channel.eigenvalues):
+            known += " and all taken: raise rank"
         rows = [
             ("outputs", f"N = {num_train} training, M = {num_test} test"),
             ("steps", f"{run.num_steps}, averaged at {self.path.quadrature} Gauss points"),
@@ -173,7 +176,8 @@ def analyze_training(
       MemoryError: dense operators that would not fit.
 
     Cost: sweeps over the run, each quadrature · (number of probes) products with J on all points a step. Dense: one
-    with N probes. Else 3·num_products for V and for W with rank + 4 probes, and one with 8 and with 5.
+    with N probes. Else 3·num_products for V and for W with rank + 4 probes, and one with rank + 8. Then one with 5, and
+    one with a single probe and one Gauss point more, which the tolerances come from.
 
     Source: Litman & Guo, arXiv:2605.01172, extended to realized steps.
 
@@ -196,25 +200,8 @@ def analyze_training(
     dense = path.sizes[0] <= DENSE_OUTPUTS if dense is None else dense
     first = _outputs(path, recording.params)
     g = np.asarray(recording.loss.grad(first[0]), np.float64)
-    if dense:
-        sweep = path.forward(jnp.eye(path.sizes[0], dtype=path.dtype))
-        operators = {name: np.asarray(one, np.float64) for name, one in _by_name(sweep).items()}
-        values, vectors = np.linalg.eigh(operators["motion"])
-        values, vectors = values[::-1], vectors[:, ::-1]
-        residuals, trace = np.zeros(len(values)), None
-        w_values = np.linalg.eigvalsh(operators["gramian"])[::-1]
-        lowest = w_values[-1]
-    else:
-        operators = None
-        pairs = {
-            name: ritz_pairs(RealizedOperator(path, name), rank, num_products=num_products, seed=seed)
-            for name in ("motion", "gramian")
-        }
-        values, vectors, residuals, _ = pairs["motion"]
-        w_values, lowest = pairs["gramian"].values, pairs["gramian"].lowest
-        signs = np.random.default_rng(seed).choice([-1.0, 1.0], (8, path.sizes[0]))
-        trace = float(np.trace(np.asarray(path.forward(signs).sums.motion))) / len(signs)
-    channel = Channel(values, vectors, rule.rank(np.maximum(values, 0), trace), rule)
+    known = _formed(path) if dense else _sampled(path, rank, num_products, seed)
+    channel = Channel(known.values, known.vectors, rule.rank(np.maximum(known.values, 0), known.trace), rule)
     parts = {"signal": g}
     if clean_loss is not None:
         signal = np.asarray(clean_loss.grad(first[0]), np.float64)
@@ -229,36 +216,63 @@ def analyze_training(
 
     cells = cells_of(parts, channel, respond)
     run = _Run(path, swept[0], first, g)
-    basis = vectors[:, : max(1, channel.rank)]
-    if operators is not None:
-        seen = operators["test_transfer"]
-        responses = operators["displacement"] @ basis, seen @ basis
-        tried = seen @ vectors, values
-    else:
-        probes = path.forward(vectors.T)
-        responses = tuple(
-            -np.asarray(one[:-1]).T[:, : basis.shape[1]] for one in (probes.sums.moved, probes.sums.moved_q)
-        )
-        tried = -np.asarray(probes.sums.moved_q[:-1]).T, np.diagonal(np.asarray(probes.sums.motion))
-    has_test = path.sizes[1] > 0
     identities = run.path_identities(RealizedPath(recording, x_q, quadrature + 1, store, progress).forward(g[None]))
-    if has_test:
-        identities.append(run.invisibility(*tried))
+    coupled = None
+    if x_q is not None:
+        identities.append(run.invisibility(known.moved_q, known.values))
+        taken = max(1, channel.rank)
+        coupled = run.coupling(known.moved[:, :taken], known.moved_q[:, :taken])
     return TrainingReport(
         path=path,
-        operators=operators,
+        operators=known.operators,
         channel=channel,
-        gramian_eigenvalues=w_values,
-        residuals=residuals,
-        negative_share=max(0.0, -float(lowest)) / float(w_values[0]) if w_values[0] > 0 else 1.0,
+        gramian_eigenvalues=known.gramian_values,
+        residuals=known.residuals,
+        negative_share=max(0.0, -known.lowest) / known.gramian_values[0] if known.gramian_values[0] > 0 else 1.0,
         forced=run.forced,
         identities=tuple(identities),
         cells=cells,
-        coupling=run.coupling(*responses) if has_test else None,
+        coupling=coupled,
         train_risk=run.train_risk(),
         test_risk=None if test_loss is None else run.test_risk(test_loss),
         replay=max(sweep.replay for sweep in swept),
     )
+
+
+class _Known(NamedTuple):
+    """Eigenpairs of V with their residuals, tr V where not all are known, D and G on them; eigenvalues of W."""
+
+    values: np.ndarray
+    vectors: np.ndarray
+    residuals: np.ndarray
+    trace: float | None
+    moved: np.ndarray
+    moved_q: np.ndarray
+    gramian_values: np.ndarray
+    lowest: float
+    operators: dict[str, np.ndarray] | None
+
+
+def _formed(path: RealizedPath) -> _Known:
+    operators = {name: np.asarray(one, np.float64) for name, one in dense_operators(path).items()}
+    values, vectors = np.linalg.eigh(operators["motion"])
+    values, vectors = values[::-1], vectors[:, ::-1]
+    gramian_values = np.linalg.eigvalsh(operators["gramian"])[::-1]
+    moved, moved_q = operators["displacement"] @ vectors, operators["test_transfer"] @ vectors
+    zeros = np.zeros(len(values))
+    return _Known(values, vectors, zeros, None, moved, moved_q, gramian_values, float(gramian_values[-1]), operators)
+
+
+def _sampled(path: RealizedPath, rank: int, num_products: int, seed: int) -> _Known:
+    motion, gramian = (
+        ritz_pairs(RealizedOperator(path, name), rank, num_products=num_products, seed=seed)
+        for name in ("motion", "gramian")
+    )
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (TRACE_PROBES, path.sizes[0]))
+    sums = path.forward(np.concatenate([motion.vectors.T, signs])).sums
+    trace = float(np.diagonal(np.asarray(sums.motion))[rank:].mean())
+    moved, moved_q = (-np.asarray(one[:rank], np.float64).T for one in (sums.moved, sums.moved_q))
+    return _Known(*motion[:3], trace, moved, moved_q, gramian.values, gramian.lowest, None)
 
 
 def _outputs(path: RealizedPath, params: PyTree) -> tuple[Array, Array]:

@@ -15,6 +15,8 @@ from experiments.benchmarks.flow import METHODS, FlowBenchmark
 from experiments.benchmarks.flow import main as benchmark_flow
 from experiments.quickstart import PICTURES, Quickstart
 from experiments.quickstart import main as quickstart
+from experiments.realized import Realized
+from experiments.realized import main as realized
 
 
 @pytest.mark.parametrize("loss", ["squared", "softmax"])
@@ -53,6 +55,21 @@ def test_quickstart_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     again = json.loads((tmp_path / "report.json").read_text())
     assert again["seconds"] is None
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
+
+
+def test_realized_reports_a_run_beside_gradient_flow(tmp_path, capsys):
+    realized(Realized(smoke=True, models=("cnn",), optimizers=("adam",), out=tmp_path))
+    folder = tmp_path / "cnn-adam"
+    report = json.loads((folder / "report.json").read_text())
+    assert [row["name"] for row in report["identities"] if row["holds"]] == ["(I1)", "(I2)", "(I3)", "(I4)", "(I6′)"]
+    assert report["num_test_outputs"] == 300
+    assert set(report["sides"]) == {"adam", "gradient flow"}
+    assert 0 < report["flow"]["distance_of_test_displacements"] < 1
+    assert (folder / "report.png").stat().st_size > 5_000
+    assert not (folder / "unfinished").exists()
+    assert "gradient flow" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="without --smoke"):
+        realized(Realized(smoke=True, readme=True))
 
 
 def test_label_noise_corrupts_just_that_share():
