@@ -17,7 +17,7 @@ from jax import Array, lax
 
 
 def convolution(eqn: Any, x: Array, kernel: Array) -> Array:
-    """The equation's conv_general_dilated; reverse mode differentiates it in x alone."""
+    """The equation's conv_general_dilated, with a reverse-mode rule of its own; there is none for forward mode."""
     params = eqn.params
     dilated = any(step != 1 for step in (*params["lhs_dilation"], *params["rhs_dilation"]))
     cropped = any(pad < 0 for pads in params["padding"] for pad in pads)
@@ -29,10 +29,12 @@ def convolution(eqn: Any, x: Array, kernel: Array) -> Array:
         return eqn.primitive.bind(x, kernel, **params)
 
     def forward(x, kernel):
-        return eqn.primitive.bind(x, kernel, **params), kernel
+        return eqn.primitive.bind(x, kernel, **params), (x, kernel)
 
-    def backward(kernel, cotangent):
-        return _input_gradient(params, kernel, cotangent, x.shape).astype(x.dtype), None
+    def backward(operands, cotangent):
+        x, kernel = operands
+        _, pull = jax.vjp(lambda kernel: eqn.primitive.bind(x, kernel, **params), kernel)
+        return _input_gradient(params, kernel, cotangent, x.shape).astype(x.dtype), *pull(cotangent)
 
     convolve.defvjp(forward, backward)
     return convolve(x, kernel)

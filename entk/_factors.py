@@ -108,7 +108,8 @@ class FactoredModel:
             leaves = list(self._leaves)
             for index, leaf in zip(by_autodiff, chosen, strict=True):
                 leaves[index] = leaf
-            (out,), activations = _evaluate(self._scope, [*leaves, *jax.tree.leaves(x_i)], taps)
+            args = [*leaves, *jax.tree.leaves(x_i)]
+            (out,), activations = _evaluate(self._scope, args, taps, [False] * len(args))
             return out, activations
 
         with model_precision():
@@ -145,8 +146,14 @@ def _join(uses: tuple[Use, ...], activations: dict[int, Array], cotangents: dict
     return Factors(jnp.concatenate(seen, axis=1), jnp.concatenate(pulled, axis=2))
 
 
-def _evaluate(scope: Scope, args: list[Array], taps: dict[int, Array]) -> tuple[list[Array], dict[int, Array]]:
-    """Runs a jaxpr with `taps` added to the results of its uses; also returns what those uses saw."""
+def _evaluate(
+    scope: Scope, args: list[Array], taps: dict[int, Array], depends: list[bool]
+) -> tuple[list[Array], dict[int, Array]]:
+    """Runs a jaxpr with `taps` added to the results of its uses; also returns what those uses saw.
+
+    `depends` says which arguments depend on taps: only there does a convolution need the gradient in its input.
+    """
+    dependent = {var for var, is_dependent in zip(scope.jaxpr.invars, depends, strict=True) if is_dependent}
     values = dict(zip([*scope.jaxpr.constvars, *scope.jaxpr.invars], [*scope.consts, *args], strict=True))
     activations: dict[int, Array] = {}
 
@@ -157,17 +164,20 @@ def _evaluate(scope: Scope, args: list[Array], taps: dict[int, Array]) -> tuple[
         operands = [read(var) for var in eqn.invars]
         inner, use = scope.inner.get(number), scope.uses.get(number)
         wanted = inner.indices() & taps.keys() if inner is not None else set()
+        touched = [not hasattr(var, "val") and var in dependent for var in eqn.invars]
         if inner is not None and wanted:
             run = _evaluate_scan if eqn.primitive.name == "scan" else _evaluate_inlined
-            results, seen = run(eqn, inner, operands, {index: taps[index] for index in wanted})
+            results, seen = run(eqn, inner, operands, {index: taps[index] for index in wanted}, touched)
             activations.update(seen)
-        elif isinstance(use, Conv) and use.index in taps:
+        elif isinstance(use, Conv) and touched[0]:
             results = [convolution(eqn, *operands)]
         else:
             results = bind_equation(eqn, operands)
         if use is not None and use.index in taps:
             activations[use.index] = use.activation(operands)
             results = [results[0] + taps[use.index]]
+        if any(touched) or wanted or (use is not None and use.index in taps):
+            dependent.update(eqn.outvars)
         values.update(zip(eqn.outvars, results, strict=True))
     return [read(var) for var in scope.jaxpr.outvars], activations
 
@@ -180,18 +190,20 @@ def bind_equation(eqn: Any, operands: list[Array]) -> list[Array]:
     return results if eqn.primitive.multiple_results else [results]
 
 
-def _evaluate_inlined(eqn, inner, operands, taps):
-    return _evaluate(inner, operands, taps)
+def _evaluate_inlined(eqn, inner, operands, taps, touched):
+    return _evaluate(inner, operands, taps, touched)
 
 
-def _evaluate_scan(eqn, inner, operands, taps):
+def _evaluate_scan(eqn, inner, operands, taps, touched):
     """A scan whose taps are scanned over too, and whose activations are stacked like its results."""
     num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
 
+    depends = [*touched[:num_consts], *[True] * num_carry, *touched[num_consts + num_carry :]]
+
     def body(carry, slices):
         slices, taps = slices
-        results, seen = _evaluate(inner, [*consts, *carry, *slices], taps)
+        results, seen = _evaluate(inner, [*consts, *carry, *slices], taps, depends)
         return results[:num_carry], (results[num_carry:], seen)
 
     options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
