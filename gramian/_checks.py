@@ -35,6 +35,7 @@ def check_problem(source: KernelSource, loss: OutputLoss, params: PyTree, *, ope
     if not isinstance(loss, OutputLoss):
         raise TypeError(f"loss is a {type(loss).__name__}; build it with squared_loss(y) or another gramian loss.")
     spec = check_apply(source.apply_fn, params, source.x_s, "x_s")
+    check_all_move(params)
     n, c, dtype = spec
     m, test = 0, None
     if source.x_q is not None:
@@ -64,6 +65,16 @@ def check_problem(source: KernelSource, loss: OutputLoss, params: PyTree, *, ope
             raise ValueError(
                 f"the loss is not convex in the outputs: its Hessian has the eigenvalue {lowest:.3g} at the first "
                 "outputs, but must be positive semi-definite. The operators are defined for convex losses only."
+            )
+
+
+def check_all_move(params: PyTree) -> None:
+    """Training moves every leaf; constants among them, which `entk` leaves alone, have no place to go."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}, but training moves "
+                "floating-point leaves only: take it out of params and close apply_fn over it."
             )
 
 

@@ -157,9 +157,6 @@ def gradient_flow(
         raise ValueError(f"observables must not be called {sorted(taken)}: the history has entries of that name.")
     if max_num_steps < 1:
         raise ValueError(f"max_num_steps={max_num_steps} must be at least 1.")
-    taken = {"t", "h", "loss", "error"} & set(observables or {})
-    if taken:
-        raise ValueError(f"observables may not be named {sorted(taken)}: the history has entries of these names.")
     check_problem(source, loss, params)
     params = jax.tree.map(jnp.asarray, params)
     integrator = Integrator(source, loss, stepper, controller, dict(observables or {}))

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from entk._checks import check_apply, check_count
 from entk._jacobian import model_precision
 from gramian._checkpoint import _characters, _digest, _flatten, _unflatten
-from gramian._checks import check_finite
+from gramian._checks import check_all_move, check_finite
 from gramian._losses import OutputLoss, check_targets
 
 PyTree = Any
@@ -371,6 +371,7 @@ def check_training(apply_fn, params, x_s, loss) -> int:
     if not isinstance(loss, OutputLoss):
         raise TypeError(f"loss is a {type(loss).__name__}; build it with squared_loss(y) or another gramian loss.")
     spec = check_apply(apply_fn, params, x_s, "x_s")
+    check_all_move(params)
     check_targets(loss, *spec)
     for name, tree in (("params", params), ("x_s", x_s)):
         check_finite(tree, name)

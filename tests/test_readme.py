@@ -38,9 +38,31 @@ x, y = jnp.arange(60.0).reshape(20, 3) / 60, jnp.ones((20, 1))
     assert (tmp_path / "kernel.dat").stat().st_size == 20 * 20 * 4
 
 
+def test_the_account_of_a_real_run_is_given_as_typed(tmp_path):
+    (recorded,) = re.findall(r"## The run you actually did\n.*?```python\n(.*?)```", README, re.DOTALL)
+    model = """
+import jax
+import jax.numpy as jnp
+import optax
+from gramian import squared_loss
+
+def apply_fn(params, x):
+    return jnp.tanh(x @ params["in"]) @ params["out"]
+
+keys = jax.random.split(jax.random.key(0), 4)
+params = {"in": jax.random.normal(keys[0], (3, 4)), "out": jax.random.normal(keys[1], (4, 1)) / 2}
+x, y = jax.random.normal(keys[2], (130, 3)), jax.random.normal(keys[3], (130, 1))
+"""
+    result = subprocess.run([sys.executable, "-c", model + recorded], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "moved by weight decay" in result.stdout
+    assert "NO" not in result.stdout
+    assert (tmp_path / "run").is_dir()
+
+
 def test_the_results_table_is_the_one_the_scripts_wrote():
     table = README.split("<!-- results -->\n")[1].split("<!-- /results -->")[0]
-    rows = [path.read_text() for path in sorted((ROOT / "results").glob("*/row.md"))]
+    rows = [path.read_text() for path in sorted((ROOT / "results").rglob("row.md"))]
     assert rows
     assert table == "| experiment | setting | outcome | cost |\n|---|---|---|---|\n" + "".join(rows)
 

@@ -48,6 +48,15 @@ BAD = {
     "mixed x_q": (linear, W, X, squared_loss(Y), F32(X), TypeError, "x_q has dtype float32 and params float64"),
     "mixed targets": (linear, W, X, squared_loss(F32(Y)), None, TypeError, "targets of dtype float32"),
     "mixed params": (lambda w, x: x @ w[0], [W, F32(W)], X, squared_loss(Y), None, TypeError, "params mixes dtypes"),
+    "constant in params": (
+        lambda w, x: x @ w[0],
+        [W, 3],
+        X,
+        squared_loss(Y),
+        None,
+        TypeError,
+        r"params\[1\] has dtype int",
+    ),
     "integer params": (linear, np.ones(3, int), X, squared_loss(Y), None, ValueError, "must be floating point"),
     "integer outputs": (lambda w, x: (x @ w).astype(int), W, X, squared_loss(Y), None, TypeError, "dtype int64"),
     # the loss
