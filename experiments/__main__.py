@@ -4,6 +4,7 @@ import tyro
 
 from experiments.benchmarks.flow import main as benchmark_flow
 from experiments.benchmarks.ntk import main as benchmark_ntk
+from experiments.benchmarks.realized import main as benchmark_realized
 from experiments.quickstart import main as quickstart
 from experiments.realized import main as realized
 
@@ -12,6 +13,7 @@ EXPERIMENTS = {
     "realized": realized,
     "benchmark-flow": benchmark_flow,
     "benchmark-ntk": benchmark_ntk,
+    "benchmark-realized": benchmark_realized,
 }
 
 

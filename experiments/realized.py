@@ -72,7 +72,7 @@ class Realized:
       epochs, batch_size: of the run.
       label_noise: share of training labels replaced by another class.
       num_train: training points; all other digits are test points, so that all 1,797 are used.
-      width: of the MLP's two hidden layers; the CNN has width / 8 and width / 4 channels.
+      width: of the MLP's two hidden layers; the CNN has width / 16 and width / 8 channels.
       rank: eigenpairs of V and W.
       num_products: block products for them.
       quadrature: Gauss points along each step.
@@ -87,11 +87,11 @@ class Realized:
     optimizers: tuple[Optimizer, ...] = ("adam", "sgd")
     rate: float | None = None
     epochs: int = 20
-    batch_size: int = 100
+    batch_size: int = 250
     label_noise: float = 0.1
     num_train: int = 1500
     width: int = 64
-    rank: int = 8
+    rank: int = 4
     num_products: int = 2
     quadrature: int = 2
     seed: int = 0
@@ -130,7 +130,7 @@ def _case(settings: Realized, model: Model, optimizer: Optimizer, out: Path, con
     if model == "mlp":
         network = MLP((64, width, width, 10), dtype=jnp.float64, rngs=rngs)
     else:
-        network = CNN((max(1, width // 8), max(1, width // 4)), dtype=jnp.float64, rngs=rngs)
+        network = CNN((max(1, width // 16), max(1, width // 8)), dtype=jnp.float64, rngs=rngs)
     graph, params = nnx.split(network)
 
     def apply_fn(params, x):

@@ -33,14 +33,15 @@ def ritz_pairs(
 ) -> RitzPairs:
     """The largest eigenpairs by randomised block Krylov iteration (block Lanczos, fully reorthogonalised).
 
-    With one product it is the Nyström-free form of a randomised eigendecomposition, with more of them block Lanczos.
-    `entk.top_eigenpairs` does the same inside one compiled program; here every product may read from disk.
+    The first product multiplies random vectors, the second what came out of it: with two this is a randomised
+    eigendecomposition, with more of them block Lanczos. `entk.top_eigenpairs` does the same inside one compiled
+    program; here every product may read from disk.
 
     Args:
       operator: symmetric, with `shape` (N, N) and `mv` for blocks (N, r).
       rank: number of pairs.
       block_size: vectors multiplied at once; None takes rank + 4.
-      num_products: products with a block.
+      num_products: products with a block; one alone sees nothing but random directions.
       seed: of the first block.
 
     Returns:

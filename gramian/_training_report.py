@@ -158,7 +158,7 @@ def analyze_training(
       x_q: test inputs, m examples; None leaves out what concerns test points.
       quadrature: Gauss points of the averages along each step; (I1)-(I4) hold to their error.
       rank: eigenpairs where the operators are not formed.
-      num_products: products with a block of rank + 4 probes for these, 1 or more; their residuals fall with each.
+      num_products: products with a block of rank + 4 probes for these, 2 or more; their residuals fall with each.
       dense: form the operators; None does for N ≤ 600.
       rule: where the channel ends.
       clean_loss: the same loss with uncorrupted targets; splits signal from noise in the four cells.

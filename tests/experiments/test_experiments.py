@@ -13,6 +13,8 @@ from experiments.__main__ import main as experiments
 from experiments._digits import digits
 from experiments.benchmarks.flow import METHODS, FlowBenchmark
 from experiments.benchmarks.flow import main as benchmark_flow
+from experiments.benchmarks.realized import RealizedBenchmark
+from experiments.benchmarks.realized import main as benchmark_realized
 from experiments.quickstart import PICTURES, Quickstart
 from experiments.quickstart import main as quickstart
 from experiments.realized import Realized
@@ -70,6 +72,20 @@ def test_realized_reports_a_run_beside_gradient_flow(tmp_path, capsys):
     assert "gradient flow" in capsys.readouterr().out
     with pytest.raises(ValueError, match="without --smoke"):
         realized(Realized(smoke=True, readme=True))
+
+
+def test_realized_benchmark_measures_every_part_and_resumes(tmp_path):
+    settings = RealizedBenchmark(smoke=True, repeats=1, out=tmp_path)
+    benchmark_realized(settings)
+    first = (tmp_path / "results.json").read_text()
+    done = json.loads(first)
+    assert done["recording"]["ratio"] > 0
+    assert list(done["growth"]["steps"]) == ["4", "8"]
+    assert done["scale"]["num_outputs"] == 200
+    assert done["scale"]["residuals"][0] < done["scale"]["eigenvalues"][0]
+    assert (tmp_path / "growth.png").stat().st_size > 5_000
+    benchmark_realized(settings)
+    assert (tmp_path / "results.json").read_text() == first
 
 
 def test_label_noise_corrupts_just_that_share():
