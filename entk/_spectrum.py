@@ -288,10 +288,10 @@ def _quadrature(matvec, key, size, dtype, num_steps, num_probes, batch_size):
     with model_precision():
         diagonals = map_examples(tridiagonal, jax.random.split(key, num_probes), batch_size)
         # One after the other: batches of LAPACK's eigh have crashed on CPUs of many cores (JAX issue 39292).
-        return jax.lax.map(lambda pair: _nodes_and_weights(*pair), diagonals)
+        return jax.lax.map(lambda pair: nodes_and_weights(*pair), diagonals)
 
 
-def _nodes_and_weights(diagonal, off_diagonal):
+def nodes_and_weights(diagonal, off_diagonal):
     """The Gauss rule of a Lanczos process, cut where the Krylov space was exhausted (weight 0 from there on).
 
     There the next vector is rounding noise, or 0 / 0: what follows a NaN or a vanishing remainder is void.

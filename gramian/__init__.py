@@ -10,7 +10,7 @@ from gramian._flow import Flow, gradient_flow
 from gramian._frozen import FrozenKernel, freeze
 from gramian._identities import Identity, identities
 from gramian._integrator import FlowState, Integrator, StepInfo
-from gramian._krylov import RitzPairs, ritz_pairs
+from gramian._krylov import RitzPairs, ritz_pairs, sampled_density
 from gramian._live import LiveChannel, LiveInfo, LiveState
 from gramian._losses import (
     OutputLoss,
@@ -96,6 +96,7 @@ __all__ = [
     "record_training",
     "reference_flow",
     "ritz_pairs",
+    "sampled_density",
     "signal_channel",
     "softmax_cross_entropy",
     "squared_loss",

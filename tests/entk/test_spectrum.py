@@ -20,7 +20,7 @@ import entk
 import entk._checks
 import entk._spectrum
 from entk import Hutchinson, NtkOperator, XTrace, spectral_density, top_eigenpairs, trace
-from entk._spectrum import SpectralDensity, _nodes_and_weights
+from entk._spectrum import SpectralDensity, nodes_and_weights
 
 KEY, SIZE = jax.random.key(0), 60
 
@@ -207,7 +207,7 @@ def test_a_bulk_far_below_the_outlier_is_resolved():
 def test_what_follows_an_exhausted_krylov_space_is_cut(void):
     """0 / 0 makes all that follows NaN; rounding makes it noise."""
     after = void if np.isnan(void) else 7.0
-    nodes, weights = _nodes_and_weights(jnp.array([2.0, 1.0, after, after]), jnp.array([0.5, void, after]))
+    nodes, weights = nodes_and_weights(jnp.array([2.0, 1.0, after, after]), jnp.array([0.5, void, after]))
     exact_nodes, exact_vectors = np.linalg.eigh([[2.0, 0.5], [0.5, 1.0]])
     assert_close(nodes, [0, 0, *exact_nodes])
     assert_close(weights, [0, 0, *exact_vectors[0] ** 2])

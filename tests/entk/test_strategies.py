@@ -89,7 +89,7 @@ def test_any_shape(seed, n, m, c, width, length, other_length, strategy):
 
 @pytest.mark.parametrize("n", [40, 61])
 def test_one_triangle_in_pieces_is_the_whole_kernel(n):
-    """N = 480 and more: halves of halves for dense layers, a loop over tiles, overlapping at the end, for the rest."""
+    """N = 480 and more: a loop over pairs of tiles, of which the last one overlaps the one before."""
     rng = np.random.default_rng(0)
     shapes = {"w_in": (3, 8), "b_in": (8,), "square": (8, 8), "b": (8,), "w_out": (8, 12)}
     params = {name: rng.normal(size=shape) for name, shape in shapes.items()}

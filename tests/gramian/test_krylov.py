@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gramian import ritz_pairs
+from gramian import ritz_pairs, sampled_density
 
 
 class Matrix:
@@ -58,3 +58,31 @@ def test_the_whole_space_and_an_exhausted_one():
 def test_a_rank_that_cannot_be_reached():
     with pytest.raises(ValueError, match="rank=9 exceeds the 4"):
         ritz_pairs(Matrix(np.ones(20)), 9, block_size=2, num_products=2)
+
+
+def test_the_density_of_an_indefinite_spectrum():
+    values = np.concatenate([np.linspace(1, 3, 60), np.linspace(-0.5, 0, 20)])
+    operator = Matrix(values)
+    density = sampled_density(operator, num_steps=12, num_probes=16)
+    assert operator.calls == 12
+    for function, exact in ((lambda v: v, values.sum()), (lambda v: v**2, (values**2).sum())):
+        value, error = density.trace_of(function)
+        assert abs(float(value) - exact) < 5 * float(error)
+    rank, error = density.effective_rank()
+    assert abs(float(rank) - values.sum() ** 2 / (values**2).sum()) < 5 * float(error)
+    np.testing.assert_allclose(density.weights.sum(1), 1, rtol=1e-12)
+
+
+def test_all_steps_give_the_moments_of_the_probe_exactly():
+    operator = Matrix(np.arange(1.0, 13.0))
+    density = sampled_density(operator, num_steps=12, num_probes=3, seed=5)
+    probes = np.random.default_rng(5).choice([-1.0, 1.0], (12, 3))
+    for power in (1, 2, 5):
+        moments = np.diagonal(probes.T @ np.linalg.matrix_power(operator.matrix, power) @ probes) / 12
+        np.testing.assert_allclose((density.weights * density.nodes**power).sum(1), moments, rtol=1e-10)
+
+
+def test_an_exhausted_probe_leaves_no_nan():
+    density = sampled_density(Matrix(np.concatenate([[2.0], np.ones(29)])), num_steps=6, num_probes=4)
+    assert np.isfinite(density.nodes).all()
+    np.testing.assert_allclose(density.trace_of(lambda v: v).value, 31, rtol=0.2)
