@@ -8,6 +8,7 @@ ways (second moments, norms, masks) is a coefficient.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -239,15 +240,18 @@ def _names(tx: Any) -> str:
     found: list[str] = []
 
     def visit(function, depth):
-        name = getattr(function, "__qualname__", "")
+        name, contents = getattr(function, "__qualname__", ""), []
         for cell in getattr(function, "__closure__", None) or ():
-            content = cell.cell_contents
+            with contextlib.suppress(ValueError):  # an empty cell
+                contents.append(cell.cell_contents)
+        for content in contents:
             for item in content if isinstance(content, (tuple, list)) else (content,):
                 item = getattr(item, "update", item)
                 if callable(item) and hasattr(item, "__closure__") and depth < 6:
                     visit(item, depth + 1)
-        if name and name.split(".")[0] not in {"chain", "with_extra_args_support", "named_chain", *found}:
-            found.append(name.split(".")[0])
+        link = name.split(".")[0]
+        if "update" in name and link not in {"chain", "with_extra_args_support", "named_chain", *found}:
+            found.append(link)
 
     visit(tx.update, 0)
     return ", ".join(found) or "This optimizer"
