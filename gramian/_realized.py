@@ -136,8 +136,7 @@ class RealizedPath:
 
     def start(self, psi: Float[Array, "r N"]) -> tuple[Shared, Probes]:
         """Probes ψ at the first step."""
-        run = self.recording
-        return start_probes(self.update, TrainState(run.params, run.optimizer.init(run.params)), psi, self.sizes[1])
+        return start_probes(self.update, self.recording.start, psi, self.sizes[1])
 
     def forward(self, psi: Float[Array | np.ndarray, "r N"], *, visit=None) -> Sweep:
         """Carries r probes along the run. `visit(segment, shared, probes)` sees every segment before it is swept."""

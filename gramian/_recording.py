@@ -197,7 +197,10 @@ class Recording:
       optimizer: the optax transformation of the run.
       loss: mean over examples, with the targets of x_s; the run descended its mean over the batch.
       x_s: training inputs that the batches' indices count.
-      params: parameters of the same structure as the run's, e.g. its first ones.
+      params: parameters of the structure of the run's; `params` of the recording are the run's first ones.
+
+    Attributes:
+      start: parameters and optimizer state before the first step, as recorded.
 
     Raises:
       TypeError, ValueError: as `gradient_flow`; an empty folder.
@@ -209,11 +212,15 @@ class Recording:
     loss: OutputLoss
     x_s: PyTree
     params: PyTree = field(repr=False)
+    start: TrainState = field(init=False, repr=False)
 
     def __post_init__(self):
         check_training(self.apply_fn, self.params, self.x_s, self.loss)
         if not self.num_steps:
             raise ValueError(f"{self.directory} holds no recorded step; record the run with record_training.")
+        start = next(self.segments()).start
+        object.__setattr__(self, "start", start)
+        object.__setattr__(self, "params", start.params)
 
     @property
     def num_steps(self) -> int:

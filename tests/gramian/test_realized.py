@@ -7,7 +7,8 @@ import optax
 import pytest
 from training_problems import OPTIMIZERS, OUTPUTS, PARAMS, SOFTMAX, SQUARED, X_Q, M, N, X, apply_fn, record
 
-from gramian import RealizedOperator, RealizedPath, dense_operators, minibatches
+from gramian import RealizedOperator, RealizedPath, Recorder, Recording, dense_operators, minibatches, record_training
+from gramian._recording import train
 
 NAMES = ("propagator", "gramian", "motion", "displacement", "test_transfer")
 
@@ -143,6 +144,23 @@ def test_the_motion_gramian_tends_to_w_in_the_flow_limit(tmp_path):
     assert away[1] < 0.05
 
 
+def test_a_run_that_begins_with_momentum(tmp_path):
+    """What an optimizer remembers from before the recording is forced, not a response to its first gradient."""
+    tx, batches = optax.sgd(0.02, momentum=0.9), minibatches(N, 4, 8)
+    record(tmp_path / "before", tx, batches=batches)
+    (*_, last) = Recording(tmp_path / "before", apply_fn, tx, SOFTMAX, X, PARAMS).segments()
+    recorder = Recorder(tmp_path / "after", every=8)
+    recorder.start(*last.end)
+    state = train(apply_fn, tx, SOFTMAX, X, last.end, jnp.asarray(batches[:8]))
+    recorder.update(batches[:8], *state)
+    recorder.close()
+    run = Recording(tmp_path / "after", apply_fn, tx, SOFTMAX, X, PARAMS)
+    sweep = RealizedPath(run, X_Q, 4).forward(SOFTMAX.grad(apply_fn(run.params, X))[None])
+    moved = (apply_fn(state.params, X) - apply_fn(run.params, X)).ravel()
+    np.testing.assert_allclose(sweep.sums.moved.sum(0), moved, rtol=1e-8, atol=1e-10)
+    assert np.linalg.norm(sweep.sums.moved[1]) > 0.1 * np.linalg.norm(moved)
+
+
 def test_without_test_points(tmp_path):
     _, run = record(tmp_path, OPTIMIZERS["adam"], batches=minibatches(N, 4, 2))
     assert dense_operators(RealizedPath(run))["test_transfer"].shape == (0, N * OUTPUTS)
@@ -150,8 +168,6 @@ def test_without_test_points(tmp_path):
 
 def test_single_precision_stays_single(tmp_path):
     params = jax.tree.map(jnp.float32, PARAMS)
-    from gramian import Recorder, record_training
-
     _, run = record_training(
         apply_fn, params, jnp.float32(X), SOFTMAX, OPTIMIZERS["adam"], minibatches(N, 4, 3), Recorder(tmp_path)
     )
@@ -161,8 +177,6 @@ def test_single_precision_stays_single(tmp_path):
 
 def test_a_run_that_cannot_be_computed_again_is_refused(tmp_path):
     """Recorded with one learning rate, analysed with another."""
-    from gramian import Recording
-
     _, run = record(tmp_path, optax.sgd(0.1))
     other = Recording(tmp_path, apply_fn, optax.sgd(0.2), SOFTMAX, X, run.params)
     with pytest.raises(ValueError, match="cannot be computed again"):

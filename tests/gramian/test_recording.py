@@ -91,7 +91,8 @@ def test_a_loop_of_ones_own_that_donates_its_buffers(tmp_path):
         params = apply(params, updates)
         recorder.update(batch, params, state)
     recorder.close(params, state)
-    run = Recording(tmp_path, apply_fn, tx, SOFTMAX, X, PARAMS)
+    run = Recording(tmp_path, apply_fn, tx, SOFTMAX, X, params)
+    assert_same(run.params, PARAMS)  # the first ones, whatever was passed
     for segment in run.segments():
         assert_same(segment.end.params, expected[segment.step + len(segment.batches) - 1], rtol=1e-9)
 
