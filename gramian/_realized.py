@@ -433,8 +433,14 @@ def realized_step(
 
     def averaged(product):
         """`product(w)`, a pytree, averaged along the step."""
-        values = [product(jax.tree.map(lambda w, d, t=t: w + t * d, params, updates)) for t in nodes]
-        return jax.tree.map(lambda *leaves: sum(c * leaf for c, leaf in zip(weights, leaves, strict=True)), *values)
+
+        def add(total, node):
+            place, weight = node
+            value = product(jax.tree.map(lambda w, d: w + place.astype(w.dtype) * d, params, updates))
+            return jax.tree.map(lambda sum_, one: sum_ + weight.astype(one.dtype) * one, total, value), None
+
+        nothing = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), jax.eval_shape(product, params))
+        return jax.lax.scan(add, nothing, (jnp.array(nodes), jnp.array(weights)))[0]
 
     def push(x, moves):
         def at(w):

@@ -242,7 +242,8 @@ def _growth(ax: Axes, what: str, points: dict[str, Any]) -> None:
     ax.set_xlabel(what)
     ax.set_ylabel("seconds of one kernel")
     ax.set_title(_panel_title(points), fontsize=9)
-    ax.legend(fontsize=8)
+    ax.margins(y=0.25)  # room for the legend above the curves
+    ax.legend(fontsize=8, loc="upper left", frameon=False)
 
 
 def _slope(timed: list[tuple[int, float]]) -> str:

@@ -28,7 +28,19 @@ def residuals(path, params, loss):
     return [float(np.linalg.norm(found - expected) / np.linalg.norm(expected)) for found, expected in pairs]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sgd",
+        "nesterov",
+        "adamw",
+        "clipped adam",
+        "schedule",
+        "gate before adam",
+        "gate on the step",
+        "every second step",
+    ],
+)
 def test_the_identities_hold_for_the_real_run(tmp_path, name):
     params, run = record(tmp_path, OPTIMIZERS[name])
     assert max(residuals(RealizedPath(run, X_Q, 4), params, SOFTMAX)) < 1e-9
@@ -52,7 +64,7 @@ def test_residuals_fall_at_the_order_of_the_quadrature(tmp_path, name):
     assert found[1.0, 2] < found[1.0, 1] / 20
 
 
-@pytest.mark.parametrize("name", ["momentum", "adamw", "gate before adam"])
+@pytest.mark.parametrize("name", ["momentum", "gate before adam"])
 def test_products_adjoints_and_matrices_agree(tmp_path, name):
     """More segments than one, so that states at their starts are kept and taken up again."""
     _, run = record(tmp_path, OPTIMIZERS[name], batches=minibatches(N, 4, 5), every=4)
@@ -66,7 +78,8 @@ def test_products_adjoints_and_matrices_agree(tmp_path, name):
         scale = float(jnp.abs(matrix).max())
         np.testing.assert_allclose(operator.mv(x), matrix @ x, atol=1e-11 * scale)
         np.testing.assert_allclose(operator.transpose_mv(y), matrix.T @ y, atol=1e-11 * scale)
-        np.testing.assert_allclose(operator.mv(x[:, 0]), matrix @ x[:, 0], atol=1e-11 * scale)
+    vector = rng.normal(size=N * OUTPUTS)
+    np.testing.assert_allclose(RealizedOperator(path, "displacement").mv(vector), matrices["displacement"] @ vector)
     for which in ("gramian", "motion"):
         scale = float(jnp.abs(matrices[which]).max())
         np.testing.assert_allclose(
