@@ -79,7 +79,7 @@ def test_realized_benchmark_measures_every_part_and_resumes(tmp_path):
     benchmark_realized(settings)
     first = (tmp_path / "results.json").read_text()
     done = json.loads(first)
-    assert done["recording"]["ratio"] > 0
+    assert done["recording"]["16"]["ratio"] > 0
     assert list(done["growth"]["steps"]) == ["4", "8"]
     assert done["scale"]["num_outputs"] == 200
     assert done["scale"]["residuals"][0] < done["scale"]["eigenvalues"][0]
