@@ -205,19 +205,19 @@ def _case(settings: Realized, model: Model, optimizer: Optimizer, out: Path, con
 
 def _flow(apply_fn: Any, params: Any, x_s: Any, loss: OutputLoss, target: float):
     """Gradient flow to the time at which its training loss is `target`."""
-    t, spent = 1.0, 0.0
+    t = 1.0
     while True:
         flow = reference_flow(apply_fn, params, x_s, loss, t1=t, rtol=1e-5, operators=False)
         losses = np.asarray(flow.history["loss"])
         if losses[-1] <= target or t > 1e5:
             break
-        t, spent = 4 * t, t
+        t *= 4
     reached = int(np.argmax(losses <= target)) if losses[-1] <= target else len(losses) - 1
     times = np.concatenate([[0.0], np.asarray(flow.history["t"])])
     before = float(losses[reached - 1]) if reached else float(loss.value(rows(apply_fn, params, x_s)))
     share = np.clip((before - target) / max(before - float(losses[reached]), 1e-300), 0.0, 1.0)
     t1 = float(times[reached] + share * (times[reached + 1] - times[reached]))
-    return reference_flow(apply_fn, params, x_s, loss, t1=max(t1, spent, 1e-3), rtol=1e-5, operators=False)
+    return reference_flow(apply_fn, params, x_s, loss, t1=max(t1, 1e-3), rtol=1e-5, operators=False)
 
 
 def _side(apply_fn: Any, start: Any, end: Any, x_q: Any, test: OutputLoss) -> dict[str, float]:

@@ -28,10 +28,11 @@ from rich.progress import Progress as Bar
 
 from entk._checks import check_apply, check_count, check_fits
 from entk._jacobian import model_precision
+from gramian._checkpoint import _digest
 from gramian._frozen_update import FrozenUpdate
 from gramian._losses import OutputLoss, block_product
 from gramian._recording import Recording, TrainState, batch_gradient
-from gramian._stash import fingerprint, read_tree, write_tree
+from gramian._stash import read_tree, write_tree
 
 PyTree = Any
 POWER_STEPS = 3  # products with J̄_Q N J̄_Qᵀ a step, which go on from the last step's vector
@@ -215,7 +216,9 @@ class RealizedPath:
             return compute()
         run = self.recording
         name, *arrays = key
-        code = fingerprint(arrays, self.data, run.params, np.asarray([self.quadrature, run.num_steps]))
+        last = next(run.segments(backwards=True))  # where the run ended tells it from others of the same start
+        told = (arrays, self.data, run.start, last.end, np.asarray([self.quadrature, run.num_steps]))
+        code = _digest(jax.device_get(told))
         path = Path(self.store) / f"{name}-{code[:32]}.npz"
         if path.exists():
             try:

@@ -37,15 +37,6 @@ def read_tree(path: Path, template: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, arrays)
 
 
-def fingerprint(*trees: PyTree) -> str:
-    """Of structures, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(jax.device_get(trees)):
-        array = np.asarray(leaf)
-        digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
-    return digest.hexdigest()
-
-
 def _digest(leaves: list[np.ndarray]) -> bytes:
     digest = hashlib.sha256()
     for leaf in leaves:

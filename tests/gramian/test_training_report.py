@@ -115,6 +115,14 @@ def test_a_killed_analysis_takes_up_finished_sweeps(run, tmp_path, monkeypatch):
     assert len(done) == before, "a third run computes nothing"
 
 
+def test_a_store_tells_runs_of_the_same_start_apart(run, tmp_path):
+    other = record(tmp_path / "run", OPTIMIZERS["sgd"], batches=minibatches(N, 4, 8))[1]
+    psi, store = np.ones((1, N * OUTPUTS)), tmp_path / "store"
+    first, second = (RealizedPath(one, store=store).forward(psi).sums.moved for one in (run, other))
+    np.testing.assert_array_equal(second, RealizedPath(other).forward(psi).sums.moved)
+    assert np.abs(first - second).max() > 1e-3
+
+
 def test_sigkill_of_an_analysis(run, tmp_path):
     code = f"""
 import sys, jax
