@@ -37,7 +37,7 @@ from gramian import (
     reference_flow,
     softmax_cross_entropy,
 )
-from gramian._realized import rows
+from gramian._realized_step import rows
 
 Model = Literal["mlp", "cnn"]
 Optimizer = Literal["adam", "sgd"]

@@ -15,7 +15,7 @@ from entk import NtkOperator, top_eigenpairs
 from entk._checks import check_count
 from gramian._frozen_update import FrozenUpdate
 from gramian._losses import OutputLoss
-from gramian._realized import Data, Probes, Shared, Sums, no_sums, realized_step, start_probes
+from gramian._realized_step import Data, Probes, Shared, Sums, no_sums, realized_step, start_probes
 from gramian._recording import TrainState, check_training
 
 PyTree = Any

@@ -17,7 +17,8 @@ from gramian._channel import Channel, ChannelRule, TraceShare
 from gramian._identities import Identity
 from gramian._krylov import ritz_pairs
 from gramian._losses import OutputLoss, check_targets
-from gramian._realized import RealizedOperator, RealizedPath, Sweep, dense_operators, rows
+from gramian._realized import RealizedOperator, RealizedPath, Sweep, dense_operators
+from gramian._realized_step import rows
 from gramian._recording import Recording
 from gramian._report import Risk
 from gramian._shown import Shown, cell_table, identity_table, plain, summary_table

@@ -58,7 +58,7 @@ def test_one_compilation_serves_the_loop(monkeypatch):
 
 
 def _counted(traces):
-    from gramian._realized import realized_step
+    from gramian._realized_step import realized_step
 
     def counted(*args):
         traces.append(1)
