@@ -1,12 +1,24 @@
 """Optax transformations that gate each coordinate of an update by an estimate of its effect on the population risk.
 
-Two entry points: `poprisk_gate`, which gates any optax transformation, and `poprisk_adamw`, the paper's Algorithm 1.
-What is measured (a `Statistic`), how it becomes an openness (a mask) and where it acts (`inner`) are separate objects.
+`poprisk_gate` gates any optax transformation; `poprisk_adamw` is AdamW with a gated direction. What is measured (a
+`Statistic`), where noise ends (a threshold), how that becomes an openness (a mask), which coordinates are decided on
+together (a reduction) and where the gate acts (`inner`) are separate objects. `gate_audit` says before training whether
+a gate could help, `gate_report` what it did.
 
 Source: Litman & Guo, "A Theory of Generalization in Deep Learning", arXiv:2605.01172.
 """
 
+from transforms._adam_statistics import (
+    AdamStatisticState,
+    adam_moments_statistic,
+    adam_statistic,
+)
 from transforms._adamw import poprisk_adamw
+from transforms._batch_statistic import (
+    BatchStatisticState,
+    batch_statistic,
+    join_moments,
+)
 from transforms._gate import (
     PopriskGateState,
     poprisk_gate,
@@ -16,7 +28,19 @@ from transforms._masks import (
     Mask,
     SnrMask,
     SoftMask,
-    finite_data_alpha,
+)
+from transforms._presets import (
+    algorithm_1,
+    popriskmin,
+    snr_grad,
+)
+from transforms._reductions import (
+    ByLabel,
+    PerRow,
+    PerScalar,
+    PerTensor,
+    Pooled,
+    Reduction,
 )
 from transforms._statistic import (
     EmaStatisticState,
@@ -24,18 +48,52 @@ from transforms._statistic import (
     Statistic,
     ema_statistic,
 )
+from transforms._summary import (
+    LeafSummary,
+    Summary,
+)
+from transforms._thresholds import (
+    Alpha,
+    Level,
+    OpenShare,
+    Threshold,
+    TStatistic,
+    finite_data_alpha,
+)
 
 __all__ = [
+    "AdamStatisticState",
+    "Alpha",
+    "BatchStatisticState",
+    "ByLabel",
     "EmaStatisticState",
     "HardMask",
+    "LeafSummary",
+    "Level",
     "Mask",
     "Moments",
+    "OpenShare",
+    "PerRow",
+    "PerScalar",
+    "PerTensor",
+    "Pooled",
     "PopriskGateState",
+    "Reduction",
     "SnrMask",
     "SoftMask",
     "Statistic",
+    "Summary",
+    "TStatistic",
+    "Threshold",
+    "adam_moments_statistic",
+    "adam_statistic",
+    "algorithm_1",
+    "batch_statistic",
     "ema_statistic",
     "finite_data_alpha",
+    "join_moments",
     "poprisk_adamw",
     "poprisk_gate",
+    "popriskmin",
+    "snr_grad",
 ]

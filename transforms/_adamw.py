@@ -1,5 +1,6 @@
-"""The paper's Algorithm 1 in one call: AdamW whose direction is gated and whose decay is not."""
+"""AdamW whose direction is gated and whose decay is not, in one call."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,13 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from transforms import _validation
-from transforms._gate import poprisk_gate
+from transforms._adam_statistics import adam_statistic
+from transforms._gate import check_statistic, poprisk_gate
 from transforms._masks import Mask, SnrMask
-from transforms._statistic import adam_statistic
+from transforms._reductions import PerScalar, Reduction
+from transforms._statistic import Statistic
+from transforms._summary import Summary
+from transforms._thresholds import Threshold, TStatistic
 
 
 def poprisk_adamw(
@@ -21,34 +26,39 @@ def poprisk_adamw(
     mu_dtype: DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     *,
-    rho: ArrayLike = 0.99,
+    statistic: Statistic = adam_statistic(),  # noqa: B008 (a pair of pure functions)
+    threshold: Threshold = TStatistic(),  # noqa: B008 (frozen)
     mask: Mask = SnrMask(),  # noqa: B008 (frozen)
-    state_dtype: DTypeLike | None = None,
+    reduction: Reduction = PerScalar(),  # noqa: B008 (frozen)
+    warmup: ArrayLike = 0,
+    floor: ArrayLike = 0.0,
+    summary: Summary | None = Summary(),  # noqa: B008 (frozen)
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW with a population-risk gate on Adam's direction and none on the decay: the paper's Algorithm 1.
+    """AdamW with a population-risk gate on Adam's direction and none on the decay, as in the paper's Algorithm 1.
 
         s <- rho s + (1 - rho) (g - m)²     (m still of the previous step, not bias-corrected)
         m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g²
-        q = mask.openness(m̂, ŝ)             (hats: bias-corrected)
+        q = mask.openness(m̂², noise of m̂, tau)             (hats: bias-corrected)
         w <- w - learning_rate (q ⊙ m̂ / (√(v̂ + eps_root) + eps) + weight_decay w)
 
     It is `poprisk_gate(optax.scale_by_adam(...))` followed by `optax.add_decayed_weights` and
     `optax.scale_by_learning_rate`, except that the statistic reads Adam's m instead of keeping a copy. Arguments up to
-    `weight_decay` are those of `optax.adamw`, in its order and with its defaults.
+    `weight_decay` are those of `optax.adamw`, in its order and with its defaults. `algorithm_1` is this with the
+    paper's own threshold and mask.
 
     Args:
       learning_rate: >= 0, or a schedule of the step count.
       b1: decay of m, in [0, 1). m is also the statistic's mean.
       b2: decay of v, in [0, 1).
-      eps: in Adam's denominator, in units of the gradient, >= 0. The mask has an eps of its own.
+      eps: in Adam's denominator, in units of the gradient, >= 0. Masks have an eps of their own.
       eps_root: under Adam's square root, in units of the gradient squared, >= 0.
       mu_dtype: dtype in which m is stored; None for the parameters' own.
       weight_decay: >= 0, or a schedule of the step count; multiplied by the learning rate, as in optax.
-      rho: decay of s, in [0, 1).
-      mask: what turns m̂ and ŝ into q: `HardMask`, `SoftMask`, `SnrMask`, or any object with
-        `openness(mean, variance) -> q`. Not a tree of booleans: that is `weight_decay_mask`.
-      state_dtype: dtype in which s is stored; None for the parameters' own.
+      statistic: `adam_statistic(rho)` keeps one number a parameter, `adam_moments_statistic()` none;
+        `batch_statistic()` is exact, from extra arguments.
+      threshold, mask, reduction, warmup, floor, summary: as in `poprisk_gate`. `mask` is not a tree of booleans:
+        that is `weight_decay_mask`.
       weight_decay_mask: which parameters decay: `mask` of `optax.adamw`, a tree of booleans (or a prefix of one) or a
         function from params to one.
 
@@ -59,12 +69,12 @@ def poprisk_adamw(
       ValueError: a number out of the range stated above.
       TypeError: an argument of the wrong kind, or (at `init`) a parameter that is not real floating-point.
 
-    With a neutral mask, `SnrMask(lam=0, eps=0)`, it equals `optax.adamw`.
+    With a neutral gate, `mask=SnrMask(lam=0)` or `floor=1`, it equals `optax.adamw`.
 
     Not supported: Nesterov momentum; complex and integer parameters.
 
-    Cost: the state of `optax.adamw` plus exactly one number a parameter (s; 4 bytes in float32), and about 20 flops a
-    parameter more.
+    Cost: the state of `optax.adamw` plus exactly one number a parameter (s; 4 bytes in float32), or none with
+    `adam_moments_statistic`, besides a few scalars a leaf; about 20 flops a parameter more.
 
     Source: Litman & Guo, arXiv:2605.01172, Algorithm 1.
 
@@ -76,27 +86,33 @@ def poprisk_adamw(
     ...     updates, state = tx.update(jax.grad(lambda w: jnp.sum(w**2))(params), state, params)
     ...     params = optax.apply_updates(params, updates)
     >>> [f"{w:.2f}" for w in params]
-    ['0.84', '-1.84']
+    ['0.80', '-1.80']
 
-    Every number is injectable; a schedule inside the mask takes a function that builds the optimizer (see
-    `poprisk_gate`):
+    Every number is injectable; a schedule inside the gate's objects needs nothing:
 
-    >>> tx = optax.inject_hyperparams(poprisk_adamw)(learning_rate=optax.cosine_decay_schedule(1e-3, 1000), rho=0.95)
+    >>> tx = optax.inject_hyperparams(poprisk_adamw)(learning_rate=optax.cosine_decay_schedule(1e-3, 1000))
     >>> sorted(tx.init(params).hyperparams)
-    ['b1', 'b2', 'eps', 'eps_root', 'learning_rate', 'rho', 'weight_decay']
+    ['b1', 'b2', 'eps', 'eps_root', 'floor', 'learning_rate', 'warmup', 'weight_decay']
+    >>> tx = poprisk_adamw(1e-3, threshold=TStatistic(optax.linear_schedule(0.0, 1.0, transition_steps=100)))
     """
+    check_statistic(statistic)
+    _validation.check_decay("b1", b1)
     _validation.check_decay("b2", b2)
     _validation.check_nonnegative("eps", eps, "use 1e-8, Adam's usual")
     _validation.check_nonnegative("eps_root", eps_root, "use 0, Adam's usual")
-    if not callable(learning_rate):
-        _validation.check_nonnegative("learning_rate", learning_rate, "updates already point downhill; use e.g. 1e-3")
-    if not callable(weight_decay):
-        _validation.check_nonnegative("weight_decay", weight_decay, "use 0 for no decay")
+    remedy = "updates already point downhill; use e.g. 1e-3"
+    _validation.check_nonnegative_or_schedule("learning_rate", learning_rate, remedy)
+    _validation.check_nonnegative_or_schedule("weight_decay", weight_decay, "use 0 for no decay")
     return optax.chain(
         poprisk_gate(
             optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype),
-            statistic=adam_statistic(b1, rho, state_dtype=state_dtype),
+            statistic=Statistic(statistic.init, functools.partial(statistic.update, b1=b1, b2=b2)),
+            threshold=threshold,
             mask=mask,
+            reduction=reduction,
+            warmup=warmup,
+            floor=floor,
+            summary=summary,
         ),
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -3,30 +3,51 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from transforms import _validation
 from transforms._masks import Mask, SnrMask
+from transforms._reductions import PerScalar, Pooled, Reduction
 from transforms._statistic import Statistic, ema_statistic
+from transforms._summary import Summary, no_summary, summary_of
+from transforms._thresholds import Threshold, TStatistic
 
 
 class PopriskGateState(NamedTuple):
-    """State of `poprisk_gate`: that of its statistic, and that of the transformation it wraps."""
+    """State of `poprisk_gate`.
 
+    Attributes:
+      step: steps taken.
+      statistic_state: that of the statistic.
+      inner_state: that of the transformation it wraps.
+      summary: what the gate did lately, a `LeafSummary` of scalars at each leaf; `gate_report` shows it. None with
+        `summary=None`.
+    """
+
+    step: jax.Array
     statistic_state: Any
     inner_state: optax.OptState
+    summary: Any
 
 
 def poprisk_gate(
     inner: optax.GradientTransformation = optax.identity(),  # noqa: B008 (a pair of pure functions)
     *,
     statistic: Statistic = ema_statistic(),  # noqa: B008 (a pair of pure functions)
+    threshold: Threshold = TStatistic(),  # noqa: B008 (frozen)
     mask: Mask = SnrMask(),  # noqa: B008 (frozen)
+    reduction: Reduction = PerScalar(),  # noqa: B008 (frozen)
+    warmup: ArrayLike = 0,
+    floor: ArrayLike = 0.0,
+    summary: Summary | None = Summary(),  # noqa: B008 (frozen)
 ) -> optax.GradientTransformationExtraArgs:
     """Scale each coordinate of an update by how well its gradient stands out of the noise.
 
-        q = mask.openness(m̂, ŝ),   (m̂, ŝ) from statistic, fed with the raw gradient g
-        update = q ⊙ inner(g)
+        (m̂, ŝ, c) from statistic, fed with the raw gradient g;   (unit, tau) from threshold
+        q = mask.openness(m̂², unit ŝ, tau),   m̂² and ŝ averaged over the blocks of reduction
+        update = max(q, floor) ⊙ inner(g)
 
     What `inner` is decides where the gate stands, and the placements are different optimizers:
 
@@ -40,68 +61,103 @@ def poprisk_gate(
     Args:
       inner: the transformation to gate. It receives the gradient, `params` and every extra argument unchanged, and its
         state advances as if there were no gate.
-      statistic: what estimates mean and variance of the gradient, e.g. `ema_statistic(b1=0.9, rho=0.99)`.
-      mask: what turns them into q: `HardMask`, `SoftMask`, `SnrMask`, or any object with
-        `openness(mean, variance) -> q`, elementwise on arrays.
+      statistic: what estimates mean and variance of the gradient: `ema_statistic(b1=0.9, rho=0.99)` from the stream of
+        batches, `batch_statistic()` exactly from the examples of each batch.
+      threshold: where noise ends: `TStatistic(z)` on the statistic's own t-statistic, `OpenShare(share)` of pure-noise
+        coordinates, `Alpha(alpha)` as the paper has it.
+      mask: how signal over noise becomes q: `HardMask`, `SoftMask`, `SnrMask`, or any object with
+        `openness(signal, noise, tau) -> q`, elementwise on arrays.
+      reduction: which coordinates are decided on together: `PerScalar`, `PerRow`, `PerTensor`, `ByLabel`.
+      warmup: steps at the start during which the gate is open and its statistic only watches, >= 0.
+      floor: the least q, in [0, 1]; 0 lets the gate shut, 1 makes it neutral.
+      summary: what the state keeps for `gate_report`, and how often; None keeps nothing.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`; its state is a `PopriskGateState`. Updates keep their dtype.
 
     Raises:
-      TypeError: inner, statistic or mask of the wrong kind, or (at `init`) a parameter that is not real floating-point.
+      TypeError: an argument of the wrong kind, or (at `init`) a parameter that is not real floating-point.
+      ValueError: warmup or floor out of the range stated above.
 
-    The gate is neutral, that is equal to `inner`, for `mask=SnrMask(lam=0, eps=0)` and
-    `mask=SoftMask(alpha=0, lam=0, eps=0)`. For finite gradients q is never NaN. A NaN gradient enters the statistic as
-    it enters Adam's moments; `optax.apply_if_finite` around the whole optimizer keeps both clean. Inside
+    The gate is neutral, that is equal to `inner`, for `mask=SnrMask(lam=0)` and for `floor=1`. q does not depend on the
+    scale of the loss, as long as squared gradients are representable (in float32, gradients above 1e-19). For finite
+    gradients q is never NaN. Where a gradient is not finite, the statistic stays as it was; `inner` sees that gradient
+    all the same, and `optax.apply_if_finite` around the whole optimizer keeps its state clean. Inside
     `optax.MultiSteps` the statistic sees the accumulated gradients, each of them one batch.
 
     Not supported: complex and integer parameters (keep them out with `optax.masked`).
 
     Cost: that of `inner` and of `statistic` (for `ema_statistic`: two numbers a parameter, 8 bytes in float32, its own
-    mean even where `inner` keeps one), and a few flops a parameter.
+    mean even where `inner` keeps one), and about 20 flops a parameter.
 
-    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1.
+    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1, with thresholds on the t-statistic instead of alpha.
 
-    >>> import jax.numpy as jnp
-    >>> tx = poprisk_gate(optax.sgd(1.0), mask=SnrMask(eps=0.0))
+    >>> tx = poprisk_gate(optax.sgd(1.0))
     >>> params = jnp.zeros(2)
     >>> state = tx.init(params)
     >>> for g in ([1.0, 1.0], [1.0, -1.0], [1.0, 1.0]):  # a steady and a noisy coordinate
     ...     updates, state = tx.update(jnp.array(g), state, params)
     >>> [f"{u:.2f}" for u in updates]
-    ['-0.55', '-0.09']
+    ['-0.79', '-0.24']
 
     Hyper-parameters, scheduled or changed by hand without recompiling:
 
     >>> @optax.inject_hyperparams
-    ... def gated_adam(learning_rate, alpha):
-    ...     return poprisk_gate(optax.adam(learning_rate), mask=SnrMask(alpha=alpha))
-    >>> tx = gated_adam(1e-3, alpha=optax.linear_schedule(0.0, 1.0, transition_steps=100))
+    ... def gated_adam(learning_rate, z):
+    ...     return poprisk_gate(optax.adam(learning_rate), threshold=TStatistic(z))
+    >>> tx = gated_adam(1e-3, z=optax.linear_schedule(0.0, 1.0, transition_steps=100))
     >>> state = tx.init(params)
     >>> state.hyperparams["learning_rate"] = jnp.asarray(3e-4)
     """
     _validation.check_transformation("inner", inner)
-    _check_statistic(statistic)
-    _check_mask(mask)
+    check_statistic(statistic)
+    _validation.check_method("threshold", threshold, "level", "TStatistic(z) or OpenShare(share)")
+    _validation.check_method("mask", mask, "openness", "HardMask(), SoftMask() and SnrMask()")
+    _validation.check_method("reduction", reduction, "pool", "PerScalar(), PerRow() and PerTensor()")
+    _validation.check_nonnegative("warmup", warmup, "use 0 for a gate that acts from the first step")
+    _validation.check_share("floor", floor)
+    _check_summary(summary)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> PopriskGateState:
-        return PopriskGateState(statistic.init(params), inner.init(params))
+        kept = None if summary is None else no_summary(params)
+        return PopriskGateState(jnp.zeros([], jnp.int32), statistic.init(params), inner.init(params), kept)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, PopriskGateState]:
-        statistic_args = extra_args | {"inner_state": state.inner_state}
+        step = jnp.asarray(optax.safe_increment(state.step))
+        proposed, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        statistic_args = extra_args | {"inner_state": state.inner_state, "new_inner_state": inner_state}
         statistic_state, moments = statistic.update(updates, state.statistic_state, params, **statistic_args)
-        openness = jax.tree.map(mask.openness, moments.mean, moments.variance)
-        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        updates = jax.tree.map(lambda q, u: (q * u).astype(u.dtype), openness, updates)
-        return updates, PopriskGateState(statistic_state, inner_state)
+        level = threshold.level(moments, state.step)
+        treedef = jax.tree.structure(moments.mean)
+        signal = jax.tree.map(jnp.square, moments.mean)
+        noise = jax.tree.map(lambda variance: level.unit * variance, moments.variance)
+        pooled = treedef.flatten_up_to(reduction.pool(signal, noise))
+
+        def q_of(pooled: Pooled) -> jax.Array:
+            q = mask.openness(pooled.signal, pooled.noise, level.tau(pooled.num_together))
+            return jnp.where(step <= warmup, 1, jnp.maximum(q, floor)).astype(q.dtype)
+
+        leaves = treedef.flatten_up_to(proposed)
+        gated = [(q_of(block) * u).astype(u.dtype) for block, u in zip(pooled, leaves, strict=True)]
+        kept = None
+        if summary is not None:
+            means, variances = (treedef.flatten_up_to(tree) for tree in (moments.mean, moments.variance))
+            samples = [summary.take(*leaf) for leaf in zip(leaves, means, variances, pooled, strict=True)]
+
+            def summarize() -> Any:
+                return treedef.unflatten([summary_of(sample, q_of, level, mask, moments) for sample in samples])
+
+            kept = jax.lax.cond(state.step % summary.every == 0, summarize, lambda: state.summary)
+        gated = treedef.unflatten(gated)
+        return gated, PopriskGateState(step, statistic_state, inner_state, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_statistic(statistic: Any) -> None:
+def check_statistic(statistic: Any) -> None:
     if not isinstance(statistic, Statistic):
         raise TypeError(
             f"statistic must be a transforms.Statistic such as ema_statistic(), got {statistic!r}. Call the factory "
@@ -109,10 +165,6 @@ def _check_statistic(statistic: Any) -> None:
         )
 
 
-def _check_mask(mask: Any) -> None:
-    # The class HardMask has the method too, so an uncalled factory needs its own test.
-    if isinstance(mask, type) or not callable(getattr(mask, "openness", None)):
-        raise TypeError(
-            f"mask must have a method openness(mean, variance), as HardMask(), SoftMask() and SnrMask() have, got "
-            f"{mask!r}. A tree or function that selects parameters belongs in optax.masked or in weight_decay_mask."
-        )
+def _check_summary(summary: Any) -> None:
+    if summary is not None and not isinstance(summary, Summary):
+        raise TypeError(f"summary must be a transforms.Summary or None, got {summary!r}: Summary() is the default.")

@@ -1,5 +1,6 @@
 """Checks of what a caller passes: each error names the value, the rule it breaks and the way out."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,26 @@ import optax
 def check_nonnegative(name: str, value: Any, remedy: str) -> None:
     """Raise unless `value` is a finite real number >= 0 (or traced, hence unknown here)."""
     _check_number(name, value, lambda x: (x >= 0) & np.isfinite(x), "a finite number >= 0", remedy)
+
+
+def check_nonnegative_or_schedule(name: str, value: Any, remedy: str) -> None:
+    """Raise unless `value` is a schedule or a finite real number >= 0."""
+    if not callable(value):
+        check_nonnegative(name, value, remedy)
+
+
+def check_share(name: str, value: Any) -> None:
+    """Raise unless `value` is a real number in [0, 1]."""
+    _check_number(name, value, lambda x: (x >= 0) & (x <= 1), "in [0, 1]", "0.05 stands for 5 %")
+
+
+def check_sample_size(value: Any) -> None:
+    """Raise unless `value` is at least 2 (or traced, hence unknown here)."""
+    remedy = (
+        "the variance within a batch of one is not defined; use larger batches, or ema_statistic(), which compares "
+        "batches with each other"
+    )
+    _check_number("sample_size", value, lambda x: x >= 2, ">= 2", remedy)
 
 
 def check_decay(name: str, value: Any) -> None:
@@ -40,6 +61,26 @@ def check_transformation(name: str, value: Any) -> None:
         raise TypeError(
             f"{name} must be an optax.GradientTransformation such as optax.adam(1e-3), got {value!r}. Call the "
             "factory first (optax.adam(1e-3), not optax.adam), and pass statistic= and mask= by keyword."
+        )
+
+
+def check_positive_integer(name: str, value: Any, remedy: str) -> None:
+    """Raise unless `value` is an integer >= 1."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer >= 1, got {value!r}: {remedy}.") from None
+    if count < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}: {remedy}.")
+
+
+def check_method(name: str, value: Any, method: str, examples: str) -> None:
+    """Raise unless `value` is an object (not a class) with the method."""
+    # The class HardMask has the method too, so an uncalled factory needs its own test.
+    if isinstance(value, type) or not callable(getattr(value, method, None)):
+        raise TypeError(
+            f"{name} must be an object with a method {method}, such as {examples}, got {value!r}. A tree or function "
+            "that selects parameters belongs in optax.masked or in weight_decay_mask."
         )
 
 
