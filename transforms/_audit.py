@@ -243,8 +243,8 @@ def _spread(spread: _Spread, grads: Any) -> _Spread:
 def _signal_to_noise(spread: _Spread, batch_share: float) -> float:
     """Σ μ² / Σ σ² of a batch that holds this share of the examples seen.
 
-    Batches without replacement differ by σ² (1 - share); their mean varies by σ²/count until all examples were seen, and
-    by σ² share from then on. That is no signal.
+    Batches without replacement differ by σ² (1 - share); their mean varies by σ²/count until all examples were seen,
+    and by σ² share from then on. That is no signal.
     """
     count, squares = float(spread.num_grads), sum(float(jnp.sum(leaf)) for leaf in jax.tree.leaves(spread.squares))
     variance = squares / (count - 1) / (1 - batch_share)
