@@ -58,13 +58,13 @@ class FrozenUpdate:
     """
 
     def __init__(self, tx: optax.GradientTransformation, params: PyTree):
-        tx = optax.with_extra_args_support(tx)
+        given, tx = tx, optax.with_extra_args_support(tx)
         spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params)
         state = jax.eval_shape(tx.init, spec)
         closed, out = jax.make_jaxpr(tx.update, return_shape=True)(spec, state, spec)
         if jax.tree.structure(out[1]) != jax.tree.structure(state):
             raise ValueError(f"{_names(tx)} changes the structure of its state; it cannot be replayed.")
-        self._closed = closed
+        self._closed, self._same = closed, (given, jax.tree.structure(spec), tuple(jax.tree.leaves(spec)))
         self._params_tree, self._state_tree = jax.tree.structure(spec), jax.tree.structure(state)
         self._num_params = self._params_tree.num_leaves
         self._state_kinds = [Kind.FORCED] * self._state_tree.num_leaves
@@ -82,6 +82,13 @@ class FrozenUpdate:
                 f"because of {refused[0]!r}. SGD, momentum, Nesterov, Adam, AdamW, RMSProp, clipping by norm, "
                 "schedules and poprisk_gate are supported."
             )
+
+    def __eq__(self, other):
+        """Of the same transformation for the same parameters: programs compiled for one serve the other."""
+        return isinstance(other, FrozenUpdate) and self._same == other._same
+
+    def __hash__(self):
+        return hash(self._same)
 
     @property
     def num_history(self) -> int:
