@@ -80,7 +80,8 @@ class RealizedPath:
     def __post_init__(self):
         run = self.recording
         check_count("quadrature", self.quadrature)
-        object.__setattr__(self, "update", FrozenUpdate(run.optimizer, run.params))
+        batch = jnp.asarray(next(run.segments()).batches[0])
+        object.__setattr__(self, "update", FrozenUpdate(run.optimizer, run.params, run.extra_args, batch))
         spec = check_apply(run.apply_fn, run.params, run.x_s, "x_s")
         num_test = 0
         if self.x_q is not None:

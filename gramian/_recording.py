@@ -22,6 +22,7 @@ from entk._checks import check_apply, check_count
 from entk._jacobian import model_precision
 from gramian._checkpoint import _characters, _digest, _flatten, _unflatten
 from gramian._checks import check_all_move, check_finite
+from gramian._frozen_update import ExtraArgs
 from gramian._losses import OutputLoss, check_targets
 
 PyTree = Any
@@ -198,6 +199,9 @@ class Recording:
       loss: mean over examples, with the targets of x_s; the run descended its mean over the batch.
       x_s: training inputs that the batches' indices count.
       params: parameters of the structure of the run's; `params` of the recording are the run's first ones.
+      extra_args: what the run passed to the optimizer's `update` beside these, `(params, batch) -> dict` of the
+        parameters before a step and the indices of its examples: exact moments of a gate, say. It is computed again
+        with every step, and frozen as a coefficient of the gradient.
 
     Attributes:
       start: parameters and optimizer state before the first step, as recorded.
@@ -212,6 +216,7 @@ class Recording:
     loss: OutputLoss
     x_s: PyTree
     params: PyTree = field(repr=False)
+    extra_args: ExtraArgs | None = None
     start: TrainState = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -261,6 +266,8 @@ def record_training(
     optimizer: optax.GradientTransformation,
     batches: Array | np.ndarray,
     recorder: Recorder,
+    *,
+    extra_args: ExtraArgs | None = None,
 ) -> tuple[PyTree, Recording]:
     """Trains on mini-batches and records the run; killed at any moment, the same call goes on from the last save.
 
@@ -269,6 +276,8 @@ def record_training(
       optimizer: optax transformation; its updates are added to the parameters.
       batches: indices of the examples of every step, (steps, b), e.g. `minibatches(n, b, epochs, seed)`.
       recorder: where to, and how often.
+      extra_args: as in `Recording`: `(params, batch) -> dict` of what the optimizer's `update` takes beside gradients,
+        state and parameters.
 
     Returns:
       The trained parameters and the `Recording`.
@@ -309,11 +318,11 @@ def record_training(
     state = TrainState(weights, opt_state)
     while step < len(batches):
         stop = min((step // recorder.every + 1) * recorder.every, len(batches))
-        state = train(apply_fn, optimizer, loss, x_s, state, jnp.asarray(batches[step:stop]))
+        state = train(apply_fn, optimizer, loss, x_s, state, jnp.asarray(batches[step:stop]), extra_args)
         recorder.update(batches[step:stop], *state)
         step = stop
     recorder.close(*state)
-    recording = Recording(recorder.directory, apply_fn, optimizer, loss, x_s, params)
+    recording = Recording(recorder.directory, apply_fn, optimizer, loss, x_s, params, extra_args)
     return state.params, recording
 
 
@@ -348,14 +357,15 @@ def minibatches(n: int, batch_size: int, epochs: int, seed: int = 0, *, replace:
     return np.concatenate(passes).astype(np.int32)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def train(apply_fn, optimizer, loss, x_s, state, batches):
+@partial(jax.jit, static_argnums=(0, 1, 6))
+def train(apply_fn, optimizer, loss, x_s, state, batches, extra_args=None):
     """The state after steps on `batches`."""
 
     def step(state, batch):
         params, opt_state = state
         grads = batch_gradient(apply_fn, loss, x_s, params, batch)[0]
-        updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, opt_state, params)
+        extras = extra_args(params, batch) if extra_args else {}
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, opt_state, params, **extras)
         return TrainState(optax.apply_updates(params, updates), opt_state), None
 
     return jax.lax.scan(step, state, batches)[0]

@@ -7,6 +7,7 @@ import optax
 import pytest
 from training_problems import OPTIMIZERS, OUTPUTS, PARAMS, SOFTMAX, SQUARED, X_Q, M, N, X, apply_fn, record
 
+from entk import gradient_moments
 from gramian import RealizedOperator, RealizedPath, Recorder, Recording, dense_operators, minibatches, record_training
 from gramian._recording import train
 
@@ -44,6 +45,38 @@ def residuals(path, params, loss):
 def test_the_identities_hold_for_the_real_run(tmp_path, name):
     params, run = record(tmp_path, OPTIMIZERS[name])
     assert max(residuals(RealizedPath(run, X_Q, 4), params, SOFTMAX)) < 1e-9
+
+
+def exact_gate():
+    """Lets through the coordinates whose mean gradient the batch itself tells from zero; a reading of theory (10)."""
+
+    def update(grads, state, params=None, *, mean_grads, sum_sq_diff_grads, sample_size, **_):
+        scale = sample_size * (sample_size - 1)
+        return jax.tree.map(
+            lambda g, m, s: jnp.where(m**2 > s / scale, g, 0.1 * g), grads, mean_grads, sum_sq_diff_grads
+        ), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def moments(params, batch):
+    def example_loss(params, example):
+        x, y = example
+        return jax.vmap(SOFTMAX.example_loss)(apply_fn(params, x), y)
+
+    examples = jnp.asarray(X)[batch], SOFTMAX.targets[batch]
+    return gradient_moments(example_loss, params, examples)._asdict()
+
+
+def test_extra_arguments_of_the_optimizer_are_computed_again(tmp_path):
+    """A gate with exact moments of every batch, before Adam: the identities hold, with the mask for a coefficient."""
+    tx, batches = optax.chain(exact_gate(), optax.adam(0.02)), minibatches(N, 4, 5)
+    params, run = record_training(apply_fn, PARAMS, X, SOFTMAX, tx, batches, Recorder(tmp_path, 8), extra_args=moments)
+    assert max(residuals(RealizedPath(run, X_Q, 4), params, SOFTMAX)) < 1e-9
+    plain = record(tmp_path / "plain", optax.adam(0.02), batches=batches)[0]
+    assert np.abs(plain["a"] - params["a"]).max() > 1e-3, "the gate does something"
+    with pytest.raises(TypeError, match=r"mean_grads.*extra_args\(params, batch\)"):
+        RealizedPath(Recording(tmp_path, apply_fn, tx, SOFTMAX, X, run.params))
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
