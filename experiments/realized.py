@@ -55,18 +55,29 @@ OPTIMIZERS = {"adam": lambda rate: optax.adam(rate or 2e-3), "sgd": lambda rate:
 
 
 class CNN(nnx.Module):
-    """Two 3×3 convolutions, the second of stride 2, and a dense layer, tanh between them, on images of 8×8."""
+    """Two 3×3 convolutions, the second of stride 2, and a dense layer, tanh between them, on images of 8×8.
+
+    Convolutions are products with patches: on a CPU, for many probes and in float64, ten times faster than XLA's own.
+    """
 
     def __init__(self, channels: tuple[int, int], *, dtype: jnp.dtype, rngs: nnx.Rngs):
         first, second = channels
         options = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-        self.first = nnx.Conv(1, first, (3, 3), **options)
-        self.second = nnx.Conv(first, second, (3, 3), strides=2, **options)
+        self.first = nnx.Linear(9, first, **options)
+        self.second = nnx.Linear(9 * first, second, **options)
         self.last = nnx.Linear(16 * second, 10, **options)
 
     def __call__(self, x):
-        x = nnx.tanh(self.first(x.reshape(-1, 8, 8, 1)))
-        return self.last(nnx.tanh(self.second(x)).reshape(len(x), -1))
+        x = nnx.tanh(self.first(_patches(x.reshape(-1, 8, 8, 1), 1)))
+        return self.last(nnx.tanh(self.second(_patches(x, 2))).reshape(len(x), -1))
+
+
+def _patches(x: Any, stride: int) -> Any:
+    """The 3×3 neighbourhoods of every pixel, or of every second: (n, h, w, c) to (n, h / stride, w / stride, 9c)."""
+    size = x.shape[1]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifts = [padded[:, i : i + size : stride, j : j + size : stride] for i in range(3) for j in range(3)]
+    return jnp.concatenate(shifts, axis=-1)
 
 
 @dataclass(frozen=True)
@@ -358,7 +369,8 @@ def _row(summary: dict[str, Any]) -> tuple[str, ...]:
     ours, flow = summary["sides"].values()
     formed, points = summary["formed"]["run"], summary["settings"]["quadrature"]
     bounds = [row["holds"] for one in (summary, formed) for row in one["identities"] if row["name"] == "(I6′)"]
-    rank = summary["effective_ranks"]["motion"]
+    rank, share = summary["effective_ranks"]["motion"], 100 * formed["negative_share"]
+    below = f"down to −{share:.2g} % of its largest eigenvalue" if share else "nowhere below zero"
     noise = {
         name: next(c for c in one["cells"] if (c["part"], c["space"]) == ("noise", "channel"))["test_motion"]
         for name, one in summary["formed"].items()
@@ -370,8 +382,8 @@ def _row(summary: dict[str, Any]) -> tuple[str, ...]:
         f"(I1)-(I4) ≤ {path:.1e} with {points} Gauss points; (I6′) {'holds' if all(bounds) else 'FAILS'}; effective "
         f"rank of V {rank['value']:,.0f} ± {rank['standard_error']:,.0f}, but 95 % of its trace takes about "
         f"{summary['channel']['estimate']:,} directions; test loss {ours['test_loss']:.3g}, gradient "
-        f"flow at the same training loss {flow['test_loss']:.3g}. Formed: W down to "
-        f"−{100 * formed['negative_share']:.2g} % of its largest eigenvalue; noise in the channel makes "
+        f"flow at the same training loss {flow['test_loss']:.3g}. Formed: W "
+        f"{below}; noise in the channel makes "
         f"{100 * noise['run']:.0f} % of the test motion, of gradient flow's {100 * noise['flow']:.0f} %",
         f"{summary['seconds'] or '?'} s on {summary['machine']['cores']} cores",
     )

@@ -16,13 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from entk._checks import check_apply, check_count, check_fits
-from gramian._checkpoint import _digest
 from gramian._frozen_update import FrozenUpdate
+from gramian._leaves import digest
 from gramian._realized_step import Data, Probes, Shared, Sums, no_sums, realized_step, rows, start_probes
 from gramian._recording import Recording
 from gramian._stash import Damaged, Trail, read_tree, write_tree
 
 PyTree = Any
+STEPS_AT_ONCE = 16  # whose probes and linearisations a backward sweep holds
 KEEP_SECONDS = 2.0  # least time between two keeps of a sweep under way: what a kill costs, or one segment
 
 
@@ -116,7 +117,7 @@ class RealizedPath:
     def _forward(self, psi, trail: Trail, visit=None) -> Sweep:
         """`visit(segment, ones, probes)` sees every segment before it is swept."""
         done, sweep = trail.last("forward", (np.zeros((), int), self._begin(psi)))
-        for segment in self._track(self.recording.segments(), "forwards"):
+        for segment in self._track("forwards"):
             after = segment.step + len(segment.batches)
             if after <= done:
                 continue
@@ -175,7 +176,7 @@ class RealizedPath:
                 self._forward(psi, trail, lambda segment, *state: write_tree(place(segment), state))
                 trail.keep("backward", (np.asarray(end), back), force=True)
             passed = []
-            for segment in self._track(self.recording.segments(backwards=True), "backwards"):
+            for segment in self._track("backwards"):
                 if segment.step >= left:
                     continue
                 # Where no quadratic form is differentiated the map is linear, and where it is taken does not matter.
@@ -198,7 +199,7 @@ class RealizedPath:
         name, *arrays = key
         last = next(run.segments(backwards=True))  # where the run ended tells it from others of the same start
         told = (arrays, self.data, run.start, last.end, np.asarray([self.quadrature, run.num_steps]))
-        code = _digest(jax.device_get(told))
+        code = digest(jax.device_get(told))
         path = Path(self.store) / f"{name}-{code[:32]}.npz"
         trail = Trail(path.with_suffix(""), KEEP_SECONDS)
         try:
@@ -213,11 +214,9 @@ class RealizedPath:
         trail.remove()
         return result
 
-    def _track(self, segments, direction):
-        if not self.progress:
-            return segments
-        total = self.recording.num_steps
-        return _with_bar(segments, direction, total)
+    def _track(self, direction):
+        segments = self.recording.segments(backwards=direction == "backwards", at_most=STEPS_AT_ONCE)
+        return _with_bar(segments, direction, self.recording.num_steps) if self.progress else segments
 
     @property
     def _static(self):

@@ -207,6 +207,24 @@ def test_a_run_that_begins_with_momentum(tmp_path):
     assert np.linalg.norm(sweep.sums.moved[1]) > 0.1 * np.linalg.norm(moved)
 
 
+def test_states_that_were_not_kept_are_computed_again(tmp_path):
+    """A run kept every 40 steps is swept 16 steps at a time, both ways, as one kept every 8."""
+    batches, psi = minibatches(N, 4, 16), np.random.default_rng(0).normal(size=(2, N * OUTPUTS))
+    seldom, often = (record(tmp_path / str(k), OPTIMIZERS["adamw"], batches=batches, every=k)[1] for k in (40, 8))
+    for backwards in (False, True):
+        pieces = list(seldom.segments(backwards=backwards, at_most=16))
+        steps = [(piece.step, len(piece.batches)) for piece in pieces]
+        assert sorted(steps) == [(0, 16), (16, 16), (32, 8), (40, 8)]
+        assert steps == sorted(steps, reverse=backwards)
+    kept = {segment.step: segment.start for segment in often.segments()}
+    for piece in pieces:
+        for a, b in zip(*map(jax.tree.leaves, (piece.start, kept[piece.step])), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13)
+    one, other = (RealizedPath(run, X_Q, 1) for run in (seldom, often))
+    np.testing.assert_allclose(one.forward(psi).sums.gramian, other.forward(psi).sums.gramian, rtol=1e-8)
+    np.testing.assert_allclose(one.backward(psi, of="gramian"), other.backward(psi, of="gramian"), rtol=1e-7)
+
+
 def test_without_test_points(tmp_path):
     _, run = record(tmp_path, OPTIMIZERS["adam"], batches=minibatches(N, 4, 2))
     assert dense_operators(RealizedPath(run))["test_transfer"].shape == (0, N * OUTPUTS)
