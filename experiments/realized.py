@@ -88,7 +88,7 @@ class Realized:
       models: networks to train, each with every optimizer.
       optimizers: adam (rate 2e-3), sgd (rate 0.2).
       rate: another learning rate for all of them.
-      epochs, batch_size: of the run.
+      epochs, batch_size: of the run; the CNN takes batches twice as large, for its steps cost ten times as much.
       label_noise: share of training labels replaced by another class.
       num_train: training points; all other digits are test points, so that all 1,797 are used.
       formed_train, formed_test, formed_batch: training points, test points and batch size of the second run, whose
@@ -198,7 +198,8 @@ def _case(settings: Realized, model: Model, optimizer: Optimizer, out: Path, con
         recorder, tx = Recorder(scratch / name), OPTIMIZERS[optimizer](settings.rate)
         return record_training(case.apply_fn, case.params, case.x_s, case.loss, tx, batches, recorder)
 
-    trained, run = record(case, 8 if smoke else settings.batch_size, "run")
+    batch_size = 8 if smoke else settings.batch_size * (2 if model == "cnn" else 1)
+    trained, run = record(case, batch_size, "run")
     _, small = record(formed, 2 if smoke else settings.formed_batch, "formed")
     recorded = time.perf_counter() - start
     num_params = sum(leaf.size for leaf in jax.tree.leaves(case.params))

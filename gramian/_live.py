@@ -16,7 +16,7 @@ from entk._checks import check_count
 from gramian._frozen_update import FrozenUpdate
 from gramian._losses import OutputLoss
 from gramian._realized_step import Data, Probes, Shared, Sums, carry, no_sums, start_probes, take
-from gramian._recording import TrainState, check_training
+from gramian._training_steps import TrainState, check_training
 
 PyTree = Any
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from entk._jacobian import model_precision
 from gramian._frozen_update import FrozenUpdate
 from gramian._losses import OutputLoss, block_product
-from gramian._recording import TrainState, batch_gradient
+from gramian._training_steps import TrainState, batch_gradient
 
 PyTree = Any
 POWER_STEPS = 3  # products with J̄_Q N J̄_Qᵀ a step, which go on from the last step's vector

@@ -58,6 +58,7 @@ x, y = jax.random.normal(keys[2], (130, 3)), jax.random.normal(keys[3], (130, 1)
     assert "moved by weight decay" in result.stdout
     assert "NO" not in result.stdout
     assert (tmp_path / "run").is_dir()
+    assert (tmp_path / "run.png").exists()
 
 
 def test_the_results_table_is_the_one_the_scripts_wrote():

@@ -39,7 +39,7 @@ from gramian import (
     softmax_cross_entropy,
 )
 from gramian._drawing import BLUE, RED
-from gramian._recording import TrainState, train
+from gramian._training_steps import TrainState, train
 
 Part = Literal["recording", "growth", "scale"]
 RANK = 16

@@ -9,7 +9,7 @@ from training_problems import OPTIMIZERS, OUTPUTS, PARAMS, SOFTMAX, N, X, apply_
 
 from entk import empirical_ntk
 from gramian import LiveChannel, RealizedPath, dense_operators, minibatches
-from gramian._recording import TrainState, train
+from gramian._training_steps import TrainState, train
 
 
 def followed(tx, batches, basis, **settings):

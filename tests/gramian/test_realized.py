@@ -9,7 +9,7 @@ from training_problems import OPTIMIZERS, OUTPUTS, PARAMS, SOFTMAX, SQUARED, X_Q
 
 from entk import gradient_moments
 from gramian import RealizedOperator, RealizedPath, Recorder, Recording, dense_operators, minibatches, record_training
-from gramian._recording import train
+from gramian._training_steps import train
 
 NAMES = ("propagator", "gramian", "motion", "displacement", "test_transfer")
 
