@@ -135,7 +135,7 @@ def main(settings: Annotated[Realized, tyro.conf.arg(name="")] = Realized()) -> 
         console = Console(width=118)
     folder = settings.out or ROOT / "results" / f"realized{'-smoke' * settings.smoke}"
     if not settings.smoke:
-        console.print("About 35 minutes on one core, 20 on two, with the default settings; it can be stopped at will.")
+        console.print("About 25 minutes on one core with the default settings; it can be stopped at will and goes on.")
     folders: dict[tuple[Model, Optimizer], Path] = {
         (model, optimizer): folder / f"{model}-{optimizer}"
         for model in settings.models
@@ -370,6 +370,7 @@ def _row(summary: dict[str, Any]) -> tuple[str, ...]:
     ours, flow = summary["sides"].values()
     formed, points = summary["formed"]["run"], summary["settings"]["quadrature"]
     bounds = [row["holds"] for one in (summary, formed) for row in one["identities"] if row["name"] == "(I6′)"]
+    cores = summary["machine"]["cores"]
     rank, share = summary["effective_ranks"]["motion"], 100 * formed["negative_share"]
     below = f"down to −{share:.2g} % of its largest eigenvalue" if share else "nowhere below zero"
     noise = {
@@ -386,5 +387,5 @@ def _row(summary: dict[str, Any]) -> tuple[str, ...]:
         f"flow at the same training loss {flow['test_loss']:.3g}. Formed: W "
         f"{below}; noise in the channel makes "
         f"{100 * noise['run']:.0f} % of the test motion, of gradient flow's {100 * noise['flow']:.0f} %",
-        f"{summary['seconds'] or '?'} s on {summary['machine']['cores']} cores",
+        f"{summary['seconds'] or '?'} s on {cores} core{'s' * (cores != 1)}",
     )
