@@ -30,12 +30,13 @@ from gramian._observables import (
 )
 from gramian._operators import Operators, init_operators, update_operators
 from gramian._realized import RealizedOperator, RealizedPath, dense_operators
-from gramian._recording import Recorder, Recording, minibatches, record_training
+from gramian._recording import Recorder, Recording, record_training
 from gramian._reference import reference_flow
 from gramian._report import Report, Risk, analyze
 from gramian._source import KernelSource
 from gramian._steppers import ExponentialEuler, ExponentialMidpoint, KernelPoint, Step, Stepper
 from gramian._training_report import TrainingReport, analyze_training
+from gramian._training_steps import minibatches
 
 __all__ = [
     "AboveThreshold",

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gramian._integrator import FlowState, Integrator, StepInfo
+from gramian._leaves import characters, digest, flatten, unflatten
 
 PyTree = Any
 
@@ -54,7 +55,7 @@ class Checkpoint:
     ) -> tuple[FlowState, list[StepInfo], list[PyTree]]:
         """The last readable save of this very problem; the given start if there is none."""
         self._fingerprint = _fingerprint(integrator, state, t1, save_at)
-        self._start = _flatten((state.outputs_s, state.outputs_q, integrator.loss.grad(state.outputs_s)))
+        self._start = flatten((state.outputs_s, state.outputs_q, integrator.loss.grad(state.outputs_s)))
         self._unreadable = []
         self._last = time.monotonic()
         with self._manager() as manager:
@@ -62,7 +63,7 @@ class Checkpoint:
                 tree: dict[str, Any] = {}
                 try:
                     tree = manager.restore(step, args=ocp.args.StandardRestore())
-                    intact = bytes(tree.pop("digest")).decode() == _digest(tree)
+                    intact = bytes(tree.pop("digest")).decode() == digest(tree)
                     reason = "its contents do not match their digest"
                 except Exception as error:  # Orbax raises whatever its storage raises; a torn file must not end a run.
                     intact, reason = False, type(error).__name__
@@ -71,9 +72,9 @@ class Checkpoint:
                     self._unreadable.append(step)
                     continue
                 self._check_same(tree)
-                saved = [_unflatten(state.params, tree["saved"][key]) for key in sorted(tree.get("saved", {}))]
+                saved = [unflatten(state.params, tree["saved"][key]) for key in sorted(tree.get("saved", {}))]
                 history = _unflatten_history(integrator, state, tree["history"])
-                return _unflatten(state, tree["state"]), history, saved
+                return unflatten(state, tree["state"]), history, saved
         return state, [], []
 
     def save(self, state: FlowState, infos: list[StepInfo], saved: list[PyTree], *, force: bool = False) -> None:
@@ -81,18 +82,18 @@ class Checkpoint:
         if not force and time.monotonic() - self._last < self.every_seconds:
             return
         tree = {
-            "fingerprint": _characters(self._fingerprint),
+            "fingerprint": characters(self._fingerprint),
             "start": self._start,
-            "state": _flatten(state),
-            "history": _flatten(jax.tree.map(lambda *values: np.stack(values), *infos)),
+            "state": flatten(state),
+            "history": flatten(jax.tree.map(lambda *values: np.stack(values), *infos)),
         }
         if saved:
-            tree["saved"] = {f"{i:04d}": _flatten(params) for i, params in enumerate(saved)}
+            tree["saved"] = {f"{i:04d}": flatten(params) for i, params in enumerate(saved)}
         with self._manager() as manager:
             for step in self._unreadable:  # else it would count as the newest, and stand where this run saves again
                 manager.delete(step)
             self._unreadable = []
-            tree["digest"] = _characters(_digest(tree))
+            tree["digest"] = characters(digest(tree))
             manager.save(state.num_steps, args=ocp.args.StandardSave(tree), force=True)
             manager.wait_until_finished()
         self._last = time.monotonic()
@@ -114,35 +115,6 @@ class Checkpoint:
             )
 
 
-def _characters(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(), np.uint8)
-
-
-def _digest(tree: PyTree) -> str:
-    """Of names, dtypes, shapes and bytes of all leaves: Orbax stores larger arrays without a checksum."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode() + array.tobytes())
-    return digest.hexdigest()
-
-
-def _flatten(tree: PyTree) -> dict[str, np.ndarray]:
-    """Leaves by position. Empty arrays are left out: they hold nothing, and not every storage takes them."""
-    leaves = enumerate(np.asarray(leaf) for leaf in jax.tree.leaves(tree))
-    return {f"{i:04d}": leaf for i, leaf in leaves if leaf.size}
-
-
-def _unflatten(template: PyTree, leaves: dict[str, np.ndarray]) -> PyTree:
-    """The leaves in the structure of `template`; Python numbers come back as Python numbers."""
-    flat, structure = jax.tree.flatten(template)
-    return jax.tree.unflatten(structure, [_like(old, leaves.get(f"{i:04d}", old)) for i, old in enumerate(flat)])
-
-
-def _like(old, new):
-    return type(old)(new) if isinstance(old, (int, float)) else jax.numpy.asarray(new)
-
-
 def _unflatten_history(integrator: Integrator, state: FlowState, leaves: dict[str, np.ndarray]) -> list[StepInfo]:
     def observe(observed, point, operators):
         return {
@@ -152,7 +124,7 @@ def _unflatten_history(integrator: Integrator, state: FlowState, leaves: dict[st
 
     values = jax.eval_shape(observe, state.observed, state.carry, state.operators)
     length = len(next(iter(leaves.values())))
-    # Time and the other numbers of a step come first; an empty value was left out by _flatten.
+    # Time and the other numbers of a step come first; an empty value was left out by `flatten`.
     empty = [np.zeros((length, *leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(values)]
     columns = [leaves.get(f"{i:04d}", empty[i - 4] if i >= 4 else None) for i in range(4 + len(empty))]
     structure = jax.tree.structure(StepInfo(0.0, 0.0, 0.0, 0.0, values))
@@ -163,5 +135,5 @@ def _unflatten_history(integrator: Integrator, state: FlowState, leaves: dict[st
 def _fingerprint(integrator: Integrator, state: FlowState, t1: float, save_at: tuple[float, ...]) -> str:
     settings = (integrator.stepper, integrator.controller, integrator.observables, state.t, t1, save_at)
     return hashlib.sha256(
-        (repr(settings) + _digest((integrator.source, integrator.loss, state.params))).encode()
+        (repr(settings) + digest((integrator.source, integrator.loss, state.params))).encode()
     ).hexdigest()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
+
+if TYPE_CHECKING:
+    from gramian._channel import Channel
 
 # Okabe and Ito's palette, told apart by every kind of colour vision; styles and hatches say the same once more.
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#6E6E6E"
@@ -32,6 +36,7 @@ STYLE: Any = {
     "text.usetex": False,
 }
 NOTE = 8  # size of text inside axes
+MANY = 100  # directions from which on markers shrink, and a small channel is drawn on a logarithmic axis
 
 
 class Page(Figure):
@@ -89,3 +94,56 @@ def rounding_floor(ax: Axes, values: np.ndarray, rounding: float, name: str = "b
         ax.set_ylim(low, high)
     elif lost:
         say(ax, text)
+
+
+def empty(ax: Axes, text: str) -> Axes:
+    """Axes that say why they are empty."""
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=GREY)
+    ax.set(xticks=[], yticks=[])
+    return ax
+
+
+def count(values: np.ndarray) -> np.ndarray:
+    return np.arange(1, len(values) + 1)
+
+
+def marks(values: np.ndarray) -> dict[str, Any]:
+    return {"marker": "o", "ms": 3 if len(values) > MANY else 4, "ls": "none"}
+
+
+def channel_band(ax: Axes, channel: Channel, n: int, operator: str, rule: str = "") -> None:
+    """Directions 1 to n along the abscissa, those of the signal channel shaded."""
+    rank = channel.rank
+    ax.axvspan(0.5, rank + 0.5, color=BAND, zorder=0, label=f"signal channel, rank {rank} of {n}{rule}")
+    if n > MANY and 10 * rank < n:  # else the channel would be a thin line
+        ax.set_xscale("log")
+        ax.set_xlim(0.8, 1.1 * n)
+    else:
+        ax.set_xlim(0.5 - 0.015 * n, 0.5 + 1.015 * n)
+        ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True).tick_values(1, n)
+        ax.set_xticks([tick for tick in ticks if 1 <= tick <= n])
+    ax.set_xlabel(f"eigen-direction j of {operator}, largest first")
+
+
+def draw_losses(
+    ax: Axes, x: np.ndarray, observed: np.ndarray, predicted: np.ndarray, start: float, names: tuple[str, str]
+) -> None:
+    """A training loss and what the Gramian predicts of it; `names` are those of the first loss and of the Gramian."""
+    first, gramian = names
+    missed = float(np.abs(observed - predicted).max())
+    ax.plot(x, observed, color=BLUE, lw=2.8, label=r"training loss $\Phi$")
+    ax.plot(x, predicted, color=RED, lw=1.4, ls="--", label=rf"predicted, ${first} - g^T {gramian}\,g$")
+    ax.axhline(start, color="black", lw=1, ls=":", label=rf"at the start, ${first}$ = {start:.3g}")
+    label = rf"largest difference, {missed / start:.1e} ${first}$"
+    if observed.min() < 0.05 * start:
+        if missed > observed.min() / 2:
+            ax.axhline(missed, color=GREY, lw=1, ls="-.", label=label)
+        else:
+            say(ax, label)
+        log_y(ax, np.concatenate([observed, predicted]))
+        rounding_floor(ax, predicted, np.finfo(observed.dtype).eps * start, "predictions below rounding")
+    else:
+        say(ax, label)
+        ax.set_ylim(0, 1.05 * max(start, float(observed.max())))
+    title_of(ax, "Loss and its dissipation")
+    ax.set_ylabel("training loss (mean over examples)")

@@ -9,7 +9,7 @@ ways (second moments, norms, masks) is a coefficient.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from jax import Array, lax
 from entk._factors import bind_equation
 
 PyTree = Any
+ExtraArgs = Callable[[PyTree, Array], dict[str, Any]]
 INLINED = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "remat2", "checkpoint")
 UNARY = ("neg", "convert_element_type", "copy", "reduce_precision", "reshape", "squeeze")
 
@@ -51,25 +52,51 @@ class FrozenUpdate:
     Args:
       tx: optax transformation.
       params: parameters, or their shapes.
+      extra_args: `(params, batch) -> dict`, what `tx.update` takes beside gradients, state and parameters; batch are
+        the indices of the step's examples. Whatever it computes is a coefficient.
+      batch: indices of a step, or their shape; where there are extra_args.
 
     Raises:
+      TypeError: an optimizer that needs extra arguments, and none are given.
       ValueError: an optimizer whose step is not linear in the gradients, coordinate by coordinate, given its realized
         state: Lion's sign, Muon's orthogonalisation. The message names it and the operation.
     """
 
-    def __init__(self, tx: optax.GradientTransformation, params: PyTree):
-        tx = optax.with_extra_args_support(tx)
+    def __init__(
+        self, tx: optax.GradientTransformation, params: PyTree, extra_args: ExtraArgs | None = None, batch: Any = None
+    ):
+        given, tx = tx, optax.with_extra_args_support(tx)
         spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params)
         state = jax.eval_shape(tx.init, spec)
-        closed, out = jax.make_jaxpr(tx.update, return_shape=True)(spec, state, spec)
+        self._extra_args = extra_args
+        arrays, self._rebuild = _extras_of(extra_args, spec, batch)
+
+        def step(grads, state, params, arrays):
+            return tx.update(grads, state, params, **self._rebuild(arrays))
+
+        try:
+            closed, out = jax.make_jaxpr(step, return_shape=True)(spec, state, spec, arrays)
+        except TypeError as error:
+            raise TypeError(
+                f"{_names(tx)} cannot be called with gradients, state, parameters and the extra arguments "
+                f"{sorted(self._rebuild(arrays))} ({error}). Give what it needs by extra_args(params, batch) -> dict."
+            ) from error
         if jax.tree.structure(out[1]) != jax.tree.structure(state):
             raise ValueError(f"{_names(tx)} changes the structure of its state; it cannot be replayed.")
-        self._closed = closed
+        self._closed, self._same = (
+            closed,
+            (
+                given,
+                extra_args,
+                jax.tree.structure(spec),
+                (*jax.tree.leaves(spec), *arrays),
+            ),
+        )
         self._params_tree, self._state_tree = jax.tree.structure(spec), jax.tree.structure(state)
         self._num_params = self._params_tree.num_leaves
         self._state_kinds = [Kind.FORCED] * self._state_tree.num_leaves
         while True:  # a moment is forced at the start, and a map of the gradients from the first step on
-            outputs = self._kinds(spec, state)
+            outputs = self._kinds(spec, state, arrays)
             after = outputs[self._num_params :]
             joined = [max(old, new.kind) for old, new in zip(self._state_kinds, after, strict=True)]
             if joined == self._state_kinds:
@@ -83,6 +110,13 @@ class FrozenUpdate:
                 "schedules and poprisk_gate are supported."
             )
 
+    def __eq__(self, other):
+        """Of the same transformation for the same parameters: programs compiled for one serve the other."""
+        return isinstance(other, FrozenUpdate) and self._same == other._same
+
+    def __hash__(self):
+        return hash(self._same)
+
     @property
     def num_history(self) -> int:
         """Copies of the parameters that the history of one probe takes: 1 for momentum and Adam, 0 for plain SGD."""
@@ -94,14 +128,26 @@ class FrozenUpdate:
         chosen = [leaf for leaf, kind in zip(leaves, self._state_kinds, strict=True) if kind == Kind.LINEAR]
         return chosen if forced else [jnp.zeros_like(leaf) for leaf in chosen]
 
+    def extras(self, params: PyTree, batch: Any) -> list[Array]:
+        """The arrays among the extra arguments of a step, as `__call__` takes them."""
+        return _arrays_among(self._extra_args(params, batch)) if self._extra_args else []
+
     def __call__(
-        self, grads: PyTree, state: PyTree, params: PyTree, linear_grads: PyTree, history: list[Array], *, forced=False
+        self,
+        grads: PyTree,
+        state: PyTree,
+        params: PyTree,
+        linear_grads: PyTree,
+        history: list[Array],
+        extras: Sequence[Array] = (),
+        *,
+        forced=False,
     ) -> tuple[tuple[PyTree, PyTree], tuple[PyTree, list[Array]]]:
         """One step: ((updates, state) as realized, (updates, history) of the linear map).
 
         With `forced`, what does not depend on gradients (weight decay) takes part in the linear map.
         """
-        outputs = self._run(grads, state, params, linear_grads, history, forced)
+        outputs = self._run(grads, state, params, linear_grads, history, extras, forced)
         updates, after = outputs[: self._num_params], outputs[self._num_params :]
         realized = (
             jax.tree.unflatten(self._params_tree, [value.realized for value in updates]),
@@ -111,7 +157,7 @@ class FrozenUpdate:
         linear = jax.tree.unflatten(self._params_tree, [_linear(value, forced) for value in updates])
         return realized, (linear, [_linear(value, forced) for value in kept])
 
-    def _run(self, grads, state, params, linear_grads, history, forced) -> list[Value]:
+    def _run(self, grads, state, params, linear_grads, history, extras, forced) -> list[Value]:
         left = iter(history)
         inputs = [
             *(Value(g, Kind.LINEAR, d) for g, d in zip(*map(jax.tree.leaves, (grads, linear_grads)), strict=True)),
@@ -120,17 +166,41 @@ class FrozenUpdate:
                 for leaf, kind in zip(jax.tree.leaves(state), self._state_kinds, strict=True)
             ),
             *map(Value, jax.tree.leaves(params)),
+            *(Value(one, Kind.FROZEN, reason="an extra argument of update") for one in extras),
         ]
         return _evaluate(self._closed.jaxpr, self._closed.consts, inputs, forced)
 
-    def _kinds(self, spec, state) -> list[Value]:
+    def _kinds(self, spec, state, arrays) -> list[Value]:
         found: list[Value] = []
 
-        def run(grads, state, params):
-            found[:] = self._run(grads, state, params, grads, self.init_history(state), False)
+        def run(grads, state, params, arrays):
+            found[:] = self._run(grads, state, params, grads, self.init_history(state), arrays, False)
 
-        jax.eval_shape(run, spec, state, spec)
+        jax.eval_shape(run, spec, state, spec, arrays)
         return found
+
+
+def _arrays_among(extras: PyTree) -> list[Array]:
+    return [leaf for leaf in jax.tree.leaves(extras) if isinstance(leaf, jax.Array)]
+
+
+def _extras_of(extra_args: ExtraArgs | None, params: PyTree, batch: Any) -> tuple[list[Any], Callable]:
+    """Shapes of the arrays among the extra arguments, and what puts arrays in their places; numbers stay numbers."""
+    seen: dict[str, Any] = {"extras": {}}
+
+    def call(params, batch):
+        seen["extras"] = extra_args(params, batch) if extra_args else {}
+        return _arrays_among(seen["extras"])
+
+    arrays = jax.eval_shape(call, params, batch)
+    leaves, structure = jax.tree.flatten(seen["extras"])
+    numbers = [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+
+    def rebuild(arrays):
+        left = iter(arrays)
+        return jax.tree.unflatten(structure, [next(left) if one is None else one for one in numbers])
+
+    return arrays, rebuild
 
 
 def _evaluate(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value], forced: bool) -> list[Value]:

@@ -21,12 +21,15 @@ class RitzPairs(NamedTuple):
       vectors: orthonormal, in the columns, (N, rank).
       residuals: ‖W v − λ v‖, (rank,).
       lowest: the smallest Ritz value; the smallest eigenvalue is no larger.
+      density: of all eigenvalues, from the same products: block Lanczos quadrature, one Gauss rule a random vector of
+        the first block, exact along it for polynomials of degree < 2·num_products.
     """
 
     values: np.ndarray
     vectors: np.ndarray
     residuals: np.ndarray
     lowest: float
+    density: SpectralDensity
 
 
 def ritz_pairs(
@@ -73,19 +76,32 @@ def ritz_pairs(
         )
     rng = np.random.default_rng(seed)
     basis, image = np.zeros((size, 0)), rng.standard_normal((size, block_size))
-    images = np.zeros((size, 0))
+    images, first = np.zeros((size, 0)), 0
     for _ in range(num_products):
         block = _orthonormal(image, basis, rng)
         if not block.shape[1]:
             break
         image = np.asarray(operator.mv(jnp.asarray(block)), np.float64)
         basis, images = np.hstack([basis, block]), np.hstack([images, image])
+        first = first or block.shape[1]
     projected = basis.T @ images
     values, rotation = np.linalg.eigh((projected + projected.T) / 2)
     values, rotation = values[::-1], rotation[:, ::-1]
     vectors = basis @ rotation[:, :rank]
     residuals = np.linalg.norm(images @ rotation[:, :rank] - vectors * values[:rank], axis=0)
-    return RitzPairs(values[:rank], vectors, residuals, float(values[-1]))
+    weights = rotation[:first] ** 2
+    density = SpectralDensity(jnp.asarray(np.broadcast_to(values, weights.shape)), jnp.asarray(weights), size)
+    return RitzPairs(values[:rank], vectors, residuals, float(values[-1]), density)
+
+
+def spectrum_of(density: SpectralDensity) -> tuple[np.ndarray, np.ndarray]:
+    """The places among all N eigenvalues, largest first, that a density whose probes share their nodes gives each node.
+
+    A node of a quadrature stands in the midst of its share; where the density is exact these are 1 to N.
+    """
+    nodes, mass = np.asarray(density.nodes[0]), density.size * np.asarray(density.weights).mean(0)
+    order = np.argsort(-nodes)
+    return np.cumsum(mass[order]) - mass[order] / 2 + 0.5, nodes[order]
 
 
 def _orthonormal(block: np.ndarray, basis: np.ndarray, rng: np.random.Generator) -> np.ndarray:

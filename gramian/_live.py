@@ -15,33 +15,44 @@ from entk import NtkOperator, top_eigenpairs
 from entk._checks import check_count
 from gramian._frozen_update import FrozenUpdate
 from gramian._losses import OutputLoss
-from gramian._realized_step import Data, Probes, Shared, Sums, no_sums, realized_step, start_probes
-from gramian._recording import TrainState, check_training
+from gramian._realized_step import Data, Probes, Shared, Sums, carry, no_sums, start_probes, take
+from gramian._training_steps import TrainState, check_training
 
 PyTree = Any
 
 
 class LiveState(NamedTuple):
-    """Probes, what they share, and the sums so far; a pytree of arrays."""
+    """Probes, what they share, and the sums up to the last interval's end; a pytree of arrays.
+
+    Of the interval under way: its number of steps so far, the parameters it began with, what has moved in it.
+    """
 
     probes: Probes
     shared: Shared
     sums: Sums
+    drift: Array
+    steps: Array
+    begin: PyTree
+    moves: PyTree
+    motion: Float[Array, "r r"]
 
 
 class LiveInfo(NamedTuple):
-    """The channel after a step.
+    """The channel at the end of the last whole interval.
 
     Attributes:
       gramian_eigenvalues: of W on the span of the probes, descending, (r,): each at most the eigenvalue of W of the
         same rank.
       motion_eigenvalues: of V there.
       left: ‖P ψ‖ of every probe.
+      drift: by how much P ψ has changed at most within one interval, relative to ‖P ψ‖, over the run: the relative
+        error that an `every` above 1 makes in each interval's steps; with `every=1` nothing is neglected.
     """
 
     gramian_eigenvalues: Float[Array, " r"]
     motion_eigenvalues: Float[Array, " r"]
     left: Float[Array, " r"]
+    drift: Float[Array, ""]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +62,26 @@ class LiveChannel:
     On the span of the probes W and V are exact, to the quadrature; what they hold outside of it is not seen. The
     default probes are the top eigenvectors of K_SS at the start, where the flow's W begins: W(t) = K_SS t + O(t²).
 
+    With `every` = m > 1 an interval of m steps is carried to the outputs as one: Σ_k DW_k at the real gradients of
+    every step, batch and optimizer state, but on the probes as they were when the interval began, and J, B averaged
+    along the chord of the parameters. The error is of first order in the motion of P within an interval, which
+    `info.drift` measures. Where it nears 1 the period is too long, and probes may diverge, as gradient descent does
+    with too large a step.
+
     Args:
       apply_fn, loss, x_s: as in `gradient_flow`.
       optimizer: the optax transformation of the loop.
       rank: number of probes r.
-      quadrature: Gauss points of the averages along a step.
+      every: steps that are carried to all training points at once.
+      quadrature: Gauss points of the averages along an interval.
+
+    Extra arguments of the optimizer's `update` are not supported.
 
     Raises:
       ValueError: an optimizer that is not linear in the gradients given its realized state.
 
-    Cost: an update takes the step's own gradient again, and quadrature + 1 products with J a probe on all of x_s.
+    Cost: an update takes the step's own gradient again, and for every probe one product with Jᵀ on the batch; every
+    m-th also quadrature products with J on all of x_s. Memory: two or three times r·p numbers.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -82,12 +103,14 @@ class LiveChannel:
     x_s: PyTree
     optimizer: optax.GradientTransformation
     rank: int = field(default=8, kw_only=True)
+    every: int = field(default=1, kw_only=True)
     quadrature: int = field(default=1, kw_only=True)
 
     def init(self, params: PyTree, opt_state: PyTree, probes: Float[Array, "N r"] | None = None) -> LiveState:
         """Probes at the step before which this is called; orthonormal columns, or the top eigenvectors of K_SS."""
         check_training(self.apply_fn, params, self.x_s, self.loss)
         check_count("quadrature", self.quadrature)
+        check_count("every", self.every)
         if probes is None:
             rank = check_count("rank", self.rank)
             kernel = NtkOperator(self.apply_fn, params, self.x_s)
@@ -96,13 +119,18 @@ class LiveChannel:
         psi = jnp.linalg.qr(jnp.asarray(probes, dtype))[0].T
         update = self._update_of(params)
         shared, rows = start_probes(update, TrainState(params, opt_state), psi, 0)
-        return LiveState(rows, shared, no_sums(len(psi), psi.shape[1], 0, dtype))
+        r = len(psi)
+        moves = jax.tree.map(lambda leaf: jnp.zeros((r + 1, *jnp.shape(leaf)), dtype), params)
+        begin = jax.tree.map(lambda leaf: jnp.array(leaf), params)  # of its own: the loop may donate its buffers
+        numbers = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
+        sums = no_sums(r, psi.shape[1], 0, dtype)
+        return LiveState(rows, shared, sums, *numbers, begin, moves, jnp.zeros((r, r), dtype))
 
     def update(self, state: LiveState, params: PyTree, opt_state: PyTree, batch: Array) -> tuple[LiveState, LiveInfo]:
         """The step that takes (params, opt_state) on by the examples `batch`; called before or after it is taken."""
-        state = state._replace(shared=state.shared._replace(state=TrainState(params, opt_state)))
-        data = Data(self.x_s, self.loss, None)
-        return _update(self.apply_fn, self._update_of(params), self.quadrature, data, state, jnp.asarray(batch))
+        data, now = Data(self.x_s, self.loss, None), TrainState(params, opt_state)
+        static = self.apply_fn, self._update_of(params), self.quadrature, self.every
+        return _update(*static, data, state, now, jnp.asarray(batch))
 
     def _update_of(self, params) -> FrozenUpdate:
         if "_frozen" not in self.__dict__:
@@ -110,13 +138,35 @@ class LiveChannel:
         return self.__dict__["_frozen"]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _update(apply_fn, frozen, quadrature, data, state, batch):
-    shared, probes, more = realized_step(apply_fn, frozen, quadrature, data, state.shared, state.probes, batch)
-    sums = jax.tree.map(jnp.add, state.sums, more)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _update(apply_fn, frozen, quadrature, every, data, state, now, batch):
+    shared, probes = state.shared._replace(state=now), state.probes
+    begin = jax.tree.map(lambda old, new: jnp.where(state.steps == 0, new, old), state.begin, now.params)
+    taken = take(apply_fn, frozen, data, shared, probes, batch)
+    moves, motion = jax.tree.map(jnp.add, (state.moves, state.motion), (taken.moves, taken.motion))
+    history, forced_history, ones = taken.histories
+
+    def go_on(_):
+        kept = Shared(taken.state, ones, Probes(shared.forced.psi, forced_history), shared.direction)
+        return LiveState(
+            Probes(probes.psi, history), kept, state.sums, state.drift, state.steps + 1, begin, moves, motion
+        )
+
+    def finish(_):
+        whole = taken._replace(moves=moves, motion=motion)
+        interval = shared._replace(state=TrainState(begin, now.opt_state))
+        after, carried, more = carry(apply_fn, quadrature, data, interval, probes, whole)
+        size = jnp.linalg.norm(probes.psi, axis=1)
+        changes = jnp.linalg.norm(carried.psi - probes.psi, axis=1) / jnp.where(size > 0, size, 1)
+        sums, nothing = jax.tree.map(jnp.add, state.sums, more), jax.tree.map(jnp.zeros_like, (moves, motion))
+        drift = jnp.maximum(state.drift, changes.max())
+        return LiveState(carried, after, sums, drift, jnp.zeros_like(state.steps), begin, *nothing)
+
+    state = jax.lax.cond(state.steps + 1 >= every, finish, go_on, None)
     info = LiveInfo(
-        jnp.linalg.eigvalsh(sums.gramian[:-1, :-1])[::-1],
-        jnp.linalg.eigvalsh(sums.motion)[::-1],
-        jnp.linalg.norm(probes.psi, axis=1),
+        jnp.linalg.eigvalsh(state.sums.gramian[:-1, :-1])[::-1],
+        jnp.linalg.eigvalsh(state.sums.motion)[::-1],
+        jnp.linalg.norm(state.probes.psi, axis=1),
+        state.drift,
     )
-    return LiveState(probes, shared, sums), info
+    return state, info

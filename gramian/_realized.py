@@ -16,17 +16,32 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from entk._checks import check_apply, check_count, check_fits
-from gramian._checkpoint import _digest
 from gramian._frozen_update import FrozenUpdate
-from gramian._realized_step import Data, Probes, Shared, Sums, no_sums, realized_step, start_probes
+from gramian._leaves import digest
+from gramian._realized_step import Data, Probes, Shared, Sums, no_sums, realized_step, rows, start_probes
 from gramian._recording import Recording
-from gramian._stash import read_tree, write_tree
+from gramian._stash import Damaged, Trail, read_tree, write_tree
 
 PyTree = Any
+STEPS_AT_ONCE = 16  # whose probes and linearisations a backward sweep holds
+KEEP_SECONDS = 2.0  # least time between two keeps of a sweep under way: what a kill costs, or one segment
+
+
+class Course(NamedTuple):
+    """A run step by step.
+
+    Attributes:
+      loss: training loss before every step, (steps,).
+      dissipated: what each step takes from it along each probe, the forced part included: the loss drop itself, where
+        the probe is the run's first output gradient, (steps, r).
+    """
+
+    loss: Any
+    dissipated: Any
 
 
 class Sweep(NamedTuple):
-    """A forward sweep: probes at the end of the run, the sums on the way.
+    """A forward sweep: probes at the end of the run, the sums on the way, and their course.
 
     `replay` is the largest relative distance between a recorded state and the one computed from the record before it.
     """
@@ -34,6 +49,7 @@ class Sweep(NamedTuple):
     probes: Probes
     shared: Shared
     sums: Sums
+    course: Course
     replay: Any
 
 
@@ -46,7 +62,8 @@ class RealizedPath:
       x_q: test inputs, m examples, or None.
       quadrature: Gauss points of the averages along a step; (I1)-(I4) hold to their error: about 1e-3, 1e-6, 1e-8 and
         1e-10 with 1 to 4 points in a run of usual steps.
-      store: folder for the results of sweeps; a killed analysis that is run again takes finished ones from there.
+      store: folder for sweeps; a killed analysis that is run again takes finished ones from there, and goes on in the
+        midst of the one it was at.
       progress: draws a progress bar for every sweep.
 
     Raises:
@@ -64,7 +81,8 @@ class RealizedPath:
     def __post_init__(self):
         run = self.recording
         check_count("quadrature", self.quadrature)
-        object.__setattr__(self, "update", FrozenUpdate(run.optimizer, run.params))
+        batch = jnp.asarray(next(run.segments()).batches[0])
+        object.__setattr__(self, "update", FrozenUpdate(run.optimizer, run.params, run.extra_args, batch))
         spec = check_apply(run.apply_fn, run.params, run.x_s, "x_s")
         num_test = 0
         if self.x_q is not None:
@@ -84,29 +102,38 @@ class RealizedPath:
         """Probes ψ at the first step."""
         return start_probes(self.update, self.recording.start, psi, self.sizes[1])
 
-    def forward(self, psi: Float[Array | np.ndarray, "r N"], *, visit=None) -> Sweep:
-        """Carries r probes along the run. `visit(segment, shared, probes)` sees every segment before it is swept."""
+    def forward(self, psi: Float[Array | np.ndarray, "r N"]) -> Sweep:
+        """Carries r probes along the run."""
         psi = jnp.asarray(psi, self.dtype)
-        if visit is not None:
-            return self._forward(psi, visit)
-        shared, probes = self.start(psi)
-        template = Sweep(probes, shared, no_sums(len(psi), *self.sizes, self.dtype), np.zeros(()))
-        sweep = self._stored(("forward", psi), template, lambda: self._forward(psi, None))
+        sweep = self._stored(("forward", psi), self._begin(psi), lambda trail: self._forward(psi, trail))
         return sweep._replace(replay=float(sweep.replay))
 
-    def _forward(self, psi, visit) -> Sweep:
+    def _begin(self, psi) -> Sweep:
         shared, probes = self.start(psi)
-        sums = no_sums(len(psi), *self.sizes, self.dtype)
-        replay = 0.0
-        for segment in self._track(self.recording.segments(), "forwards"):
+        steps, r = self.recording.num_steps, len(psi)
+        course = Course(np.zeros(steps, self.dtype), np.zeros((steps, r), self.dtype))
+        return Sweep(probes, shared, no_sums(r, *self.sizes, self.dtype), course, np.zeros(()))
+
+    def _forward(self, psi, trail: Trail, visit=None) -> Sweep:
+        """`visit(segment, ones, probes)` sees every segment before it is swept."""
+        done, sweep = trail.last("forward", (np.zeros((), int), self._begin(psi)))
+        for segment in self._track("forwards"):
+            after = segment.step + len(segment.batches)
+            if after <= done:
+                continue
             if visit is not None:
-                visit(segment, shared, probes)
-            shared = shared._replace(state=segment.start)
-            shared, probes, more = _forward(*self._static, self.data, shared, probes, jnp.asarray(segment.batches))
-            sums = jax.tree.map(jnp.add, sums, more)
-            replay = max(replay, _distance(shared.state.params, segment.end.params))
-        self._check_replay(replay)
-        return Sweep(probes, shared, sums, np.asarray(replay))
+                visit(segment, sweep.shared.ones, sweep.probes)
+            shared = sweep.shared._replace(state=segment.start)
+            shared, probes, more, course = _forward(
+                *self._static, self.data, shared, sweep.probes, jnp.asarray(segment.batches)
+            )
+            for whole, part in zip(sweep.course, course, strict=True):
+                whole[segment.step : after] = part
+            replay = max(sweep.replay, np.asarray(_distance(shared.state.params, segment.end.params)))
+            sweep = Sweep(probes, shared, jax.tree.map(jnp.add, sweep.sums, more), sweep.course, replay)
+            trail.keep("forward", (np.asarray(after), sweep))
+        self._check_replay(sweep.replay)
+        return sweep
 
     def backward(
         self,
@@ -120,7 +147,7 @@ class RealizedPath:
         """Adjoint sweep: Pᵀ `propagated` + Σ S_kᵀ `moved` + Σ (J̄_Q DW)ᵀ `moved_q`, or W ψ, V ψ with `of`.
 
         For W and V it is half the gradient of ψᵀWψ, taken back through the forward sweep, whose states at the starts of
-        the segments are kept in a temporary folder meanwhile.
+        the segments are kept in files meanwhile: in `store`, where a killed sweep finds them, or a temporary folder.
         """
         given = next(x for x in (psi, propagated, moved, moved_q) if x is not None)
         r, (num_train, num_test) = len(given), self.sizes
@@ -133,53 +160,63 @@ class RealizedPath:
             jnp.asarray([of == "gramian", of == "motion"], self.dtype),
         )
         key = ("backward", psi, cotangent, sources)
-        return self._stored(key, zero, lambda: self._backward(psi, cotangent, sources, of is not None))
+        return self._stored(key, zero, lambda trail: self._backward(psi, cotangent, sources, of is not None, trail))
 
-    def _backward(self, psi, cotangent, sources, quadratic: bool):
+    def _backward(self, psi, cotangent, sources, quadratic: bool, trail: Trail):
         shared, nothing = self.start(jnp.zeros_like(psi))
-        back = Probes(cotangent, nothing.history)
-        with tempfile.TemporaryDirectory() as folder:
+        end = self.recording.num_steps
+        left, back = trail.last("backward", (np.asarray(end + 1), Probes(cotangent, nothing.history)))
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = trail.folder or Path(temporary)
 
             def place(segment):
-                return Path(folder) / f"{segment.step}.npz"
+                return folder / f"{segment.step}.npz"
 
-            if quadratic:
-                self._forward(psi, lambda segment, *state: write_tree(place(segment), (state[0].ones, state[1])))
-            for segment in self._track(self.recording.segments(backwards=True), "backwards"):
+            if quadratic and left > end:
+                self._forward(psi, trail, lambda segment, *state: write_tree(place(segment), state))
+                trail.keep("backward", (np.asarray(end), back), force=True)
+            passed = []
+            for segment in self._track("backwards"):
+                if segment.step >= left:
+                    continue
                 # Where no quadratic form is differentiated the map is linear, and where it is taken does not matter.
                 ones, probes = shared.ones, nothing
                 if quadratic:
                     ones, probes = read_tree(place(segment), (ones, probes))
-                    place(segment).unlink()
+                    passed.append(place(segment))
                 here = shared._replace(state=segment.start, ones=ones)
                 back = _backward(*self._static, self.data, here, probes, jnp.asarray(segment.batches), back, sources)
+                if trail.keep("backward", (np.asarray(segment.step), back)) or trail.folder is None:
+                    while passed:
+                        passed.pop().unlink()
         return back.psi / (2 if quadratic else 1)
 
     def _stored(self, key, template, compute):
-        """The result of a sweep that was finished before, or a new one."""
+        """The result of a sweep that was finished before, or a new one; one that was begun before goes on."""
         if self.store is None:
-            return compute()
+            return compute(Trail(None, KEEP_SECONDS))
         run = self.recording
         name, *arrays = key
         last = next(run.segments(backwards=True))  # where the run ended tells it from others of the same start
         told = (arrays, self.data, run.start, last.end, np.asarray([self.quadrature, run.num_steps]))
-        code = _digest(jax.device_get(told))
+        code = digest(jax.device_get(told))
         path = Path(self.store) / f"{name}-{code[:32]}.npz"
-        if path.exists():
-            try:
-                return jax.tree.map(jnp.asarray, read_tree(path, template))
-            except ValueError as damaged:
-                print(f"{damaged} It is computed again.")
-        result = compute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tree(path, result)
+        trail = Trail(path.with_suffix(""), KEEP_SECONDS)
+        try:
+            result = jax.tree.map(jnp.asarray, read_tree(path, template)) if path.exists() else compute(trail)
+        except Damaged as damaged:
+            print(f"{damaged} It is computed again.")
+            trail.remove()
+            path.unlink(missing_ok=True)
+            result = compute(trail)
+        if not path.exists():
+            write_tree(path, result)
+        trail.remove()
         return result
 
-    def _track(self, segments, direction):
-        if not self.progress:
-            return segments
-        total = self.recording.num_steps
-        return _with_bar(segments, direction, total)
+    def _track(self, direction):
+        segments = self.recording.segments(backwards=direction == "backwards", at_most=STEPS_AT_ONCE)
+        return _with_bar(segments, direction, self.recording.num_steps) if self.progress else segments
 
     @property
     def _static(self):
@@ -314,11 +351,14 @@ def _distance(params, other) -> float:
 def _forward(apply_fn, update, quadrature, data, shared, probes, batches):
     def body(carry, batch):
         shared, probes, sums = carry
+        loss = data.loss.value(rows(apply_fn, shared.state.params, data.x_s))
         shared, probes, more = realized_step(apply_fn, update, quadrature, data, shared, probes, batch)
-        return (shared, probes, jax.tree.map(jnp.add, sums, more)), None
+        energy, cross, forced = jnp.diagonal(more.gramian)[:-1], more.gramian[:-1, -1], more.gramian[-1, -1]
+        return (shared, probes, jax.tree.map(jnp.add, sums, more)), Course(loss, energy + 2 * cross + forced)
 
     sums = no_sums(len(probes.psi), probes.psi.shape[1], len(shared.direction), probes.psi.dtype)
-    return jax.lax.scan(body, (shared, probes, sums), batches)[0]
+    carry, course = jax.lax.scan(body, (shared, probes, sums), batches)
+    return *carry, course
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -326,7 +366,7 @@ def _backward(apply_fn, update, quadrature, data, shared, probes, batches, back,
     moved, moved_q, energies = sources
 
     def swept(probes):
-        _, after, sums = _forward(apply_fn, update, quadrature, data, shared, probes, batches)
+        _, after, sums, _ = _forward(apply_fn, update, quadrature, data, shared, probes, batches)
         energy = energies[0] * jnp.trace(sums.gramian[:-1, :-1]) + energies[1] * jnp.trace(sums.motion)
         work = jnp.sum(moved * sums.moved[:-1]) + jnp.sum(moved_q * sums.moved_q[:-1])
         return after, energy + work

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from entk._jacobian import model_precision
 from gramian._frozen_update import FrozenUpdate
 from gramian._losses import OutputLoss, block_product
-from gramian._recording import TrainState, batch_gradient
+from gramian._training_steps import TrainState, batch_gradient
 
 PyTree = Any
 POWER_STEPS = 3  # products with J̄_Q N J̄_Qᵀ a step, which go on from the last step's vector
@@ -92,28 +92,63 @@ def no_sums(r, num_train, num_test, dtype) -> Sums:
     return Sums(*(jnp.zeros(shape, dtype) for shape in shapes))
 
 
+class Taken(NamedTuple):
+    """A step, or several, as the run and every probe took it, before it is carried to the outputs.
+
+    Attributes:
+      state: after it.
+      moves: Δw along each probe and, last, of the forced part, pytree of (r + 1, ...).
+      motion: Ψᵀ V Ψ of it, (r, r).
+      response: N, the diagonal step that gradients of ones would have caused up to here.
+      histories: what the optimizer remembers of the probes, of the forced part, of gradients of ones.
+    """
+
+    state: TrainState
+    moves: PyTree
+    motion: Float[Array, "r r"]
+    response: PyTree
+    histories: tuple[list[Array], list[Array], list[Array]]
+
+
 def realized_step(
     apply_fn: Any, update: FrozenUpdate, quadrature: int, data: Data, shared: Shared, probes: Probes, batch: Array
 ) -> tuple[Shared, Probes, Sums]:
     """One step of the run, and of every probe along it."""
-    x_s, loss, x_q = data
+    return carry(apply_fn, quadrature, data, shared, probes, take(apply_fn, update, data, shared, probes, batch))
+
+
+def take(apply_fn: Any, update: FrozenUpdate, data: Data, shared: Shared, probes: Probes, batch: Array) -> Taken:
+    """What the gradients of a batch move: DW_k. Costs a product with Jᵀ on the batch for every probe."""
+    x_s, loss, _ = data
     (params, opt_state), n = shared.state, jax.tree.leaves(x_s)[0].shape[0]
     grads, pull = batch_gradient(apply_fn, loss, x_s, params, batch)
+    extras = update.extras(params, batch)
 
     def follow(psi, history, *, forced=False):
         """Δw along one probe: E_k weighs the examples of the batch by n / b."""
         pulled = pull(psi.reshape(n, -1)[batch] * (n / len(batch)))[0]
-        return update(grads, opt_state, params, pulled, history, forced=forced)[1]
+        return update(grads, opt_state, params, pulled, history, extras, forced=forced)[1]
 
     (updates, after), (response, ones) = update(
-        grads, opt_state, params, jax.tree.map(jnp.ones_like, grads), shared.ones
+        grads, opt_state, params, jax.tree.map(jnp.ones_like, grads), shared.ones, extras
     )
     steps, history = jax.vmap(follow)(*probes)
     forced_steps, forced_history = jax.vmap(partial(follow, forced=True))(*shared.forced)
     response = jax.tree.map(jnp.negative, response)
     moves = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), steps, forced_steps)
+    state = TrainState(optax.apply_updates(params, updates), after)
+    return Taken(state, moves, _motion(steps, response), response, (history, forced_history, ones))
 
-    following = optax.apply_updates(params, updates)
+
+def carry(
+    apply_fn: Any, quadrature: int, data: Data, shared: Shared, probes: Probes, taken: Taken
+) -> tuple[Shared, Probes, Sums]:
+    """What the step does to the outputs, from the state in `shared` to that after it: P_{k+1}, and sums of D, G, W, V.
+
+    Costs `quadrature` products with J on all points for every probe, and one evaluation more.
+    """
+    x_s, loss, x_q = data
+    params, following, moves = shared.state.params, taken.state.params, taken.moves
     nodes, weights = (list(map(float, one)) for one in _gauss(quadrature))
 
     def averaged(product):
@@ -121,7 +156,7 @@ def realized_step(
 
         def add(total, node):
             place, weight = node
-            value = product(jax.tree.map(lambda w, d: w + place.astype(w.dtype) * d, params, updates))
+            value = product(jax.tree.map(lambda w, v: w + place.astype(w.dtype) * (v - w), params, following))
             return jax.tree.map(lambda sum_, one: sum_ + weight.astype(one.dtype) * one, total, value), None
 
         nothing = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), jax.eval_shape(product, params))
@@ -150,13 +185,13 @@ def realized_step(
 
         def seen(v):  # J̄_Q N J̄_Qᵀ v
             pulled = averaged(lambda w: _pull(apply_fn, w, x_q, v))
-            scaled = jax.tree.map(lambda one, diagonal: (one * diagonal)[None], pulled, response)
+            scaled = jax.tree.map(lambda one, diagonal: (one * diagonal)[None], pulled, taken.response)
             return push(x_q, scaled)[0]
 
         direction, top = _power(seen, direction)
-    sums = Sums(pushed, pushed_q, gramian, _motion(steps, response), top)
-    shared = Shared(TrainState(following, after), ones, Probes(psi[-1:], forced_history), direction)
-    return shared, Probes(psi[:-1], history), sums
+    history, forced_history, ones = taken.histories
+    sums = Sums(pushed, pushed_q, gramian, taken.motion, top)
+    return Shared(taken.state, ones, Probes(psi[-1:], forced_history), direction), Probes(psi[:-1], history), sums
 
 
 def rows(apply_fn, params, x):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,20 +18,13 @@ import optax
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
-from entk._checks import check_apply, check_count
-from entk._jacobian import model_precision
-from gramian._checkpoint import _characters, _digest, _flatten, _unflatten
-from gramian._checks import check_all_move, check_finite
-from gramian._losses import OutputLoss, check_targets
+from entk._checks import check_count
+from gramian._frozen_update import ExtraArgs
+from gramian._leaves import pack, unpack
+from gramian._losses import OutputLoss
+from gramian._training_steps import TrainState, check_training, train
 
 PyTree = Any
-
-
-class TrainState(NamedTuple):
-    """Parameters and optimizer state before a step."""
-
-    params: PyTree
-    opt_state: PyTree
 
 
 class Segment(NamedTuple):
@@ -59,7 +52,7 @@ class Recorder:
 
     Args:
       directory: the folder; made if it does not exist. It belongs to one run.
-      every: steps from one kept state to the next. An analysis holds the states of so many steps at a time.
+      every: steps from one kept state to the next.
       save_bytes: kept states are collected up to this size before they are written.
       every_seconds: and for this long at most; what a kill can cost.
 
@@ -86,7 +79,7 @@ class Recorder:
     """
 
     directory: str | Path
-    every: int = 16
+    every: int = 64
     save_bytes: int = 2**26
     every_seconds: float = 20.0
     _manager: ocp.CheckpointManager | None = field(default=None, repr=False)
@@ -106,19 +99,19 @@ class Recorder:
         self._step, state = 0, given
         for saved in sorted(self._manager.all_steps()):
             chunk, reason = _read(self._manager, saved)
-            if chunk is not None and int(chunk["first"]) != self._step:
-                chunk, reason = None, f"it begins at step {int(chunk['first'])}, not {self._step}"
+            if chunk is not None and chunk["steps"][0] != self._step:
+                chunk, reason = None, f"it begins at step {chunk['steps'][0]}, not {self._step}"
             if chunk is None:
                 print(f"save {saved} in {self.directory} cannot be used ({reason}); going on from step {self._step}")
                 for later in [step for step in self._manager.all_steps() if step >= saved]:
                     self._manager.delete(later)
                 break
-            if self._step == 0 and not _close(_unflatten(given, chunk["kept"]["0000"]), given):
+            if self._step == 0 and not _same_start(chunk["states"][0], given):
                 raise ValueError(
                     f"{self.directory} holds a run that began with other parameters. Remove the folder, or give this "
                     "run one of its own."
                 )
-            self._step, state = saved, _unflatten(given, chunk["end"])
+            self._step, state = saved, unpack(given, chunk["states"][-1])
         self._kept, self._batches = [(self._step, _copy(state))], []
         self._last = time.monotonic()
         return state.params, state.opt_state, self._step
@@ -161,16 +154,14 @@ class Recorder:
 
     def _save(self, end: TrainState) -> None:
         tree: dict[str, Any] = {
-            "first": np.asarray(self._kept[0][0]),
             "steps": np.asarray([step for step, _ in self._kept]),
-            "kept": {f"{k:04d}": _flatten(state) for k, (_, state) in enumerate(self._kept)},
+            "states": np.stack([pack(state) for state in (*(one for _, one in self._kept), end)]),
             "batches": np.stack(self._batches),
-            "end": _flatten(end),
         }
-        tree["digest"] = _characters(_digest(tree))
+        tree["checksum"] = np.asarray(_checksum(tree))
         manager, step = self._manager, self._step
         assert manager is not None
-        self._guard(lambda: manager.save(step, args=ocp.args.StandardSave(tree), force=True))
+        self._guard(lambda: manager.save(step, args=ocp.args.PyTreeSave(tree), force=True))
         self._kept, self._batches, self._last = [(step, end)], [], time.monotonic()
 
     def _guard(self, write) -> None:
@@ -198,6 +189,9 @@ class Recording:
       loss: mean over examples, with the targets of x_s; the run descended its mean over the batch.
       x_s: training inputs that the batches' indices count.
       params: parameters of the structure of the run's; `params` of the recording are the run's first ones.
+      extra_args: what the run passed to the optimizer's `update` beside these, `(params, batch) -> dict` of the
+        parameters before a step and the indices of its examples: exact moments of a gate, say. It is computed again
+        with every step, and frozen as a coefficient of the gradient.
 
     Attributes:
       start: parameters and optimizer state before the first step, as recorded.
@@ -212,6 +206,7 @@ class Recording:
     loss: OutputLoss
     x_s: PyTree
     params: PyTree = field(repr=False)
+    extra_args: ExtraArgs | None = None
     start: TrainState = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -227,15 +222,18 @@ class Recording:
         """Steps recorded."""
         return max(_manager(self.directory).all_steps(), default=0)
 
-    def segments(self, *, backwards: bool = False) -> Iterator[Segment]:
-        """The run, a few steps at a time; holds one save at a time."""
+    def segments(self, *, backwards: bool = False, at_most: int | None = None) -> Iterator[Segment]:
+        """The run from kept state to kept state, or `at_most` so many steps at a time; holds one save at a time.
+
+        States that were not kept are computed again, one gradient a step.
+        """
         template = TrainState(self.params, self.optimizer.init(self.params))
         with _manager(self.directory) as manager:
             saves, at = sorted(manager.all_steps()), None
             for save in reversed(saves) if backwards else saves:
                 chunk, reason = _read(manager, save)
-                if chunk is not None and not backwards and int(chunk["first"]) != (at or 0):
-                    chunk, reason = None, f"it begins at step {int(chunk['first'])}, not {at or 0}"
+                if chunk is not None and not backwards and chunk["steps"][0] != (at or 0):
+                    chunk, reason = None, f"it begins at step {chunk['steps'][0]}, not {at or 0}"
                 if chunk is None:
                     raise ValueError(
                         f"save {save} in {self.directory} cannot be used ({reason}). Record the run again with the "
@@ -243,14 +241,26 @@ class Recording:
                     )
                 at = save
                 starts = [int(step) for step in chunk["steps"]]
-                states = [_unflatten(template, chunk["kept"][f"{k:04d}"]) for k in range(len(starts))]
-                states.append(_unflatten(template, chunk["end"]))
+                states = [unpack(template, row) for row in chunk["states"]]
                 bounds = [*starts, save]
                 pieces = [
                     Segment(a, states[k], chunk["batches"][a - starts[0] : b - starts[0]], states[k + 1])
                     for k, (a, b) in enumerate(itertools.pairwise(bounds))
                 ]
-                yield from reversed(pieces) if backwards else pieces
+                for piece in reversed(pieces) if backwards else pieces:
+                    parts = [piece] if at_most is None else self._cut(piece, at_most)
+                    yield from reversed(parts) if backwards else parts
+
+    def _cut(self, segment: Segment, length: int) -> list[Segment]:
+        parts, state, places = [], segment.start, range(0, len(segment.batches), length)
+        for a in places:
+            batches, end = segment.batches[a : a + length], segment.end
+            if a != places[-1]:
+                static = self.apply_fn, self.optimizer, self.loss, self.x_s
+                end = train(*static, state, jnp.asarray(batches), self.extra_args)
+            parts.append(Segment(segment.step + a, state, batches, end))
+            state = end
+        return parts
 
 
 def record_training(
@@ -261,6 +271,8 @@ def record_training(
     optimizer: optax.GradientTransformation,
     batches: Array | np.ndarray,
     recorder: Recorder,
+    *,
+    extra_args: ExtraArgs | None = None,
 ) -> tuple[PyTree, Recording]:
     """Trains on mini-batches and records the run; killed at any moment, the same call goes on from the last save.
 
@@ -269,6 +281,8 @@ def record_training(
       optimizer: optax transformation; its updates are added to the parameters.
       batches: indices of the examples of every step, (steps, b), e.g. `minibatches(n, b, epochs, seed)`.
       recorder: where to, and how often.
+      extra_args: as in `Recording`: `(params, batch) -> dict` of what the optimizer's `update` takes beside gradients,
+        state and parameters.
 
     Returns:
       The trained parameters and the `Recording`.
@@ -309,101 +323,55 @@ def record_training(
     state = TrainState(weights, opt_state)
     while step < len(batches):
         stop = min((step // recorder.every + 1) * recorder.every, len(batches))
-        state = train(apply_fn, optimizer, loss, x_s, state, jnp.asarray(batches[step:stop]))
+        state = train(apply_fn, optimizer, loss, x_s, state, jnp.asarray(batches[step:stop]), extra_args)
         recorder.update(batches[step:stop], *state)
         step = stop
     recorder.close(*state)
-    recording = Recording(recorder.directory, apply_fn, optimizer, loss, x_s, params)
+    recording = Recording(recorder.directory, apply_fn, optimizer, loss, x_s, params, extra_args)
     return state.params, recording
 
 
-def minibatches(n: int, batch_size: int, epochs: int, seed: int = 0, *, replace: bool = False) -> np.ndarray:
-    """Indices of the mini-batches of `epochs` passes over n examples, (steps, batch_size).
-
-    Without replacement every epoch is a new permutation, less the examples that fill no batch; with it, as many batches
-    of independent draws.
-
-    Args:
-      n: examples.
-      batch_size: b, examples a step, 1 ≤ b ≤ n.
-      epochs: passes.
-      seed: of the draws.
-      replace: draw with replacement.
-
-    Raises:
-      ValueError: a batch larger than n, sizes that are not positive.
-
-    Example:
-      >>> from gramian import minibatches
-      >>> minibatches(4, 2, 1).shape
-      (2, 2)
-    """
-    n, batch_size, epochs = (check_count(*pair) for pair in (("n", n), ("batch_size", batch_size), ("epochs", epochs)))
-    if batch_size > n:
-        raise ValueError(f"batch_size={batch_size} exceeds the n={n} examples.")
-    rng, a_pass = np.random.default_rng(seed), n // batch_size
-    if replace:
-        return rng.integers(0, n, (epochs * a_pass, batch_size), dtype=np.int32)
-    passes = [rng.permutation(n)[: a_pass * batch_size].reshape(a_pass, batch_size) for _ in range(epochs)]
-    return np.concatenate(passes).astype(np.int32)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def train(apply_fn, optimizer, loss, x_s, state, batches):
-    """The state after steps on `batches`."""
-
-    def step(state, batch):
-        params, opt_state = state
-        grads = batch_gradient(apply_fn, loss, x_s, params, batch)[0]
-        updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, opt_state, params)
-        return TrainState(optax.apply_updates(params, updates), opt_state), None
-
-    return jax.lax.scan(step, state, batches)[0]
-
-
-def batch_gradient(apply_fn, loss, x_s, params, batch):
-    """The gradient of the mean loss of a batch, and the batch outputs' pullback, which it came from."""
-    x, targets = (jax.tree.map(lambda leaf: leaf[batch], tree) for tree in (x_s, loss.targets))
-
-    def outputs(params):
-        with model_precision():
-            out = apply_fn(params, x)
-        return out.reshape(out.shape[0], -1)
-
-    out, pull = jax.vjp(outputs, params)
-    return pull(jax.vmap(jax.grad(loss.example_loss))(out, targets) / len(batch))[0], pull
-
-
-def check_training(apply_fn, params, x_s, loss) -> int:
-    if not isinstance(loss, OutputLoss):
-        raise TypeError(f"loss is a {type(loss).__name__}; build it with squared_loss(y) or another gramian loss.")
-    spec = check_apply(apply_fn, params, x_s, "x_s")
-    check_all_move(params)
-    check_targets(loss, *spec)
-    for name, tree in (("params", params), ("x_s", x_s)):
-        check_finite(tree, name)
-    return spec.num_examples
-
-
 def _manager(directory: str | Path) -> ocp.CheckpointManager:
+    """Numbers that training has just moved hardly compress: nothing is gained by the time that takes."""
     options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(Path(directory).absolute(), options=options)
+    plain = ocp.PyTreeCheckpointHandler(use_compression=False)
+    return ocp.CheckpointManager(Path(directory).absolute(), options=options, item_handlers=plain)
 
 
 def _read(manager: ocp.CheckpointManager, step: int) -> tuple[dict[str, Any] | None, str]:
     try:
-        tree = dict(manager.restore(step, args=ocp.args.StandardRestore()) or {})
-        intact = bytes(tree.pop("digest")).decode() == _digest(tree)
+        tree = dict(manager.restore(step, args=ocp.args.PyTreeRestore()) or {})
+        intact = int(tree.pop("checksum")) == _checksum(tree)
     except Exception as error:  # Orbax raises whatever its storage raises
         return None, type(error).__name__
-    return (tree, "") if intact else (None, "its contents do not match their digest")
+    return (tree, "") if intact else (None, "its contents do not match their checksum")
+
+
+def _checksum(tree: dict[str, np.ndarray]) -> int:
+    """Of shapes and bytes: Orbax stores larger arrays without one."""
+    total = 0
+    for name in sorted(tree):
+        array = np.ascontiguousarray(tree[name])
+        total = zlib.crc32(array.reshape(-1).view(np.uint8).data, zlib.crc32(f"{name} {array.shape}".encode(), total))
+    return total
+
+
+@jax.jit
+def _copies(arrays: list[Array]) -> list[Array]:
+    return [jnp.copy(array) for array in arrays]
 
 
 def _copy(state: TrainState) -> TrainState:
-    """Of its own: the loop may donate its buffers."""
-    return jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, state)
+    """Of its own: the loop may donate its buffers. One program for all leaves takes a tenth of one for each."""
+    leaves, structure = jax.tree.flatten(state)
+    own = iter(_copies([leaf for leaf in leaves if isinstance(leaf, jax.Array)]))
+    return jax.tree.unflatten(structure, [next(own) if isinstance(leaf, jax.Array) else leaf for leaf in leaves])
 
 
-def _close(state: TrainState, other: TrainState) -> bool:
-    pairs = zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True)
+def _same_start(row: np.ndarray, given: TrainState) -> bool:
+    try:
+        found = unpack(given, row).params
+    except ValueError:  # of another size
+        return False
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(given.params), strict=True)
     return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)

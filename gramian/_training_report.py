@@ -8,53 +8,41 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 from rich.table import Table
 
 from entk._checks import check_apply, check_count
+from entk._spectrum import SpectralDensity
 from gramian._cells import Cell, cells_of
 from gramian._channel import Channel, ChannelRule, TraceShare
 from gramian._identities import Identity
-from gramian._krylov import ritz_pairs
+from gramian._krylov import ritz_pairs, spectrum_of
 from gramian._losses import OutputLoss, check_targets
 from gramian._realized import RealizedOperator, RealizedPath, Sweep, dense_operators
-from gramian._realized_step import rows
 from gramian._recording import Recording
 from gramian._report import Risk
+from gramian._run_account import MotionCoupling, RunAccount, outputs_of
 from gramian._shown import Shown, cell_table, identity_table, plain, summary_table
 
 PyTree = Any
 DENSE_OUTPUTS = 600  # N up to which the operators are formed
-TRACE_PROBES = 8
-
-
-@dataclass(frozen=True)
-class MotionCoupling:
-    """How far a channel's training displacements determine its test displacements: A = G Ψ (D Ψ)⁺ (theory I9).
-
-    Attributes:
-      rank: of Ψ, the directions used; N where the operators are dense.
-      correlation: of A (U_S(T) − U_S(s)) with the observed test displacement.
-      relative_error: of the two.
-    """
-
-    rank: int
-    correlation: float
-    relative_error: float
 
 
 @dataclass(frozen=True, repr=False)
 class TrainingReport(Shown):
     """What a real run moved, what it could not move, what of it test points see, and how exactly.
 
-    Printed, it is a table; in Jupyter, an HTML one. Built by `analyze_training`.
+    Printed, it is a table; in Jupyter, an HTML one; `plot()` draws it. Built by `analyze_training`.
 
     Attributes:
       path: the run; `RealizedOperator(path, name)` gives its operators.
       operators: P, W, V, D, G as matrices by name; None where N is large.
       channel: signal channel and reservoir of the motion Gramian V.
       gramian_eigenvalues: of W, descending; the largest ones alone where N is large.
+      densities: of all eigenvalues of V and of W: exact where the operators are dense, block Lanczos quadrature from
+        the products that gave the eigenpairs where N is large.
       residuals: ‖V v − λ v‖ of the channel's eigenpairs; zeros where the operators are dense.
+      seen: ‖G v‖² for the same eigenvectors; (I6′) bounds it by visibility · λ. None without test points.
+      visibility: Σ λ_max(J̄_Q N J̄_Qᵀ).
       negative_share: −λ_min(W) / λ_max(W): how far W is from positive semi-definite; channels may be ranked by W only
         where it is small.
       forced: norms of the displacement that is not linear in gradients (weight decay), relative to the whole one: at
@@ -63,6 +51,8 @@ class TrainingReport(Shown):
       cells: signal and noise in channel and reservoir.
       coupling: None without test points.
       train_risk, test_risk: the losses; test_risk is None without test targets.
+      losses: training loss before every step and at the end, (steps + 1,).
+      predicted: the same from the operators, Φ(s) − gᵀ W_k g with W up to step k.
       replay: largest relative distance between a recorded state and the same one computed again.
     """
 
@@ -70,7 +60,10 @@ class TrainingReport(Shown):
     operators: dict[str, np.ndarray] | None
     channel: Channel
     gramian_eigenvalues: np.ndarray
+    densities: tuple[SpectralDensity, SpectralDensity]
     residuals: np.ndarray
+    seen: np.ndarray | None
+    visibility: float
     negative_share: float
     forced: tuple[float, float]
     identities: tuple[Identity, ...]
@@ -78,7 +71,40 @@ class TrainingReport(Shown):
     coupling: MotionCoupling | None
     train_risk: Risk
     test_risk: Risk | None
+    losses: np.ndarray
+    predicted: np.ndarray
     replay: float
+
+    @property
+    def channel_reached(self) -> bool:
+        """Whether the rule ended the channel, and not the number of eigenpairs that are known."""
+        known = len(self.channel.eigenvalues)
+        return self.channel.rank < known or known == self.path.sizes[0]
+
+    @property
+    def channel_estimate(self) -> int:
+        """The channel's rank by its rule; where that is more than is known, by the estimate of all eigenvalues of V."""
+        if self.channel_reached:
+            return self.channel.rank
+        places, nodes = spectrum_of(self.densities[0])
+        every = np.interp(np.arange(1, self.path.sizes[0] + 1), places, nodes)
+        return self.channel.rule.rank(np.maximum(every, 0))
+
+    def plot(self, *, path=None):
+        """Draws the pictures of a recorded run on one page.
+
+        Args:
+          path: file to write the page to, e.g. "report.png"; None writes nothing.
+
+        Returns:
+          The matplotlib `Figure`. `gramian.training_plots` has each picture by itself.
+        """
+        from gramian import training_plots
+
+        figure = training_plots.overview(self)
+        if path is not None:
+            figure.savefig(path)
+        return figure
 
     def as_dict(self) -> dict[str, Any]:
         """The report's numbers as plain Python values, ready for JSON; nan becomes None."""
@@ -91,16 +117,29 @@ class TrainingReport(Shown):
                 "num_test_outputs": num_test,
                 "quadrature": self.path.quadrature,
                 "identities": [row.as_dict() for row in self.identities],
-                "channel": {"rank": self.channel.rank, "rule": repr(self.channel.rule)},
+                "channel": {
+                    "rank": self.channel.rank,
+                    "rule": repr(self.channel.rule),
+                    "estimate": self.channel_estimate,
+                },
                 "motion_eigenvalues": self.channel.eigenvalues,
                 "gramian_eigenvalues": self.gramian_eigenvalues,
+                "effective_ranks": {
+                    name: one.effective_rank()._asdict()
+                    for name, one in zip(("motion", "gramian"), self.densities, strict=True)
+                },
                 "residuals": self.residuals,
+                "seen": self.seen,
+                "visibility": self.visibility,
                 "negative_share": self.negative_share,
                 "forced": self.forced,
                 "cells": [cell._asdict() for cell in self.cells],
-                "coupling": self.coupling and vars(self.coupling),
+                "coupling": self.coupling
+                and {name: getattr(self.coupling, name) for name in ("rank", "correlation", "relative_error")},
                 "train_risk": vars(self.train_risk),
                 "test_risk": self.test_risk and vars(self.test_risk),
+                "losses": self.losses,
+                "predicted_losses": self.predicted,
                 "replay": self.replay,
             }
         )
@@ -109,8 +148,12 @@ class TrainingReport(Shown):
         run, (num_train, num_test) = self.path.recording, self.path.sizes
         sampled = len(self.channel.eigenvalues) < num_train
         known = f", {len(self.channel.eigenvalues)} eigenpairs known" if sampled else ""
-        if sampled and self.channel.rank == len(self.channel.eigenvalues):
-            known += " and all taken: raise rank"
+        if not self.channel_reached:
+            known += f" and all taken, of about {self.channel_estimate}: raise rank"
+        effective = [
+            f"{float(value):.4g}" + (f" ± {float(error):.2g}" if sampled else "")
+            for value, error in (one.effective_rank() for one in self.densities)
+        ]
         rows = [
             ("outputs", f"N = {num_train} training, M = {num_test} test"),
             ("steps", f"{run.num_steps}, averaged at {self.path.quadrature} Gauss points"),
@@ -120,6 +163,7 @@ class TrainingReport(Shown):
             rows.append(("test loss", str(self.test_risk)))
         rows += [
             ("signal channel", f"rank {self.channel.rank} of {num_train}, {self.channel.rule}{known}"),
+            ("effective rank tr()²/tr(()²) of V, W", ", ".join(effective)),
             ("W below zero", f"{100 * self.negative_share:.2g} % of its largest eigenvalue"),
             ("moved by weight decay", f"{100 * self.forced[0]:.2g} % (training), {100 * self.forced[1]:.2g} % (test)"),
         ]
@@ -165,7 +209,7 @@ def analyze_training(
       clean_loss: the same loss with uncorrupted targets; splits signal from noise in the four cells.
       test_loss: the same loss with the targets of x_q; adds the test loss. Nothing else sees them.
       seed: of random probes.
-      store: folder for finished sweeps; a killed analysis that is run again takes them from there, bit for bit.
+      store: folder for sweeps; a killed analysis that is run again goes on from there and ends with the same bits.
       progress: draws progress bars.
 
     Returns:
@@ -177,7 +221,7 @@ def analyze_training(
       MemoryError: dense operators that would not fit.
 
     Cost: sweeps over the run, each quadrature · (number of probes) products with J on all points a step. Dense: one
-    with N probes. Else 3·num_products for V and for W with rank + 4 probes, and one with rank + 8. Then one with 5, and
+    with N probes. Else 3·num_products for V and for W with rank + 4 probes, and one with rank. Then one with 5, and
     one with a single probe and one Gauss point more, which the tolerances come from.
 
     Source: Litman & Guo, arXiv:2605.01172, extended to realized steps.
@@ -199,7 +243,7 @@ def analyze_training(
     check_count("num_products", num_products)
     _check_companions(recording, x_q, clean_loss, test_loss)
     dense = path.sizes[0] <= DENSE_OUTPUTS if dense is None else dense
-    first = _outputs(path, recording.params)
+    first = outputs_of(path, recording.params)
     g = np.asarray(recording.loss.grad(first[0]), np.float64)
     known = _formed(path) if dense else _sampled(path, rank, num_products, seed)
     channel = Channel(known.values, known.vectors, rule.rank(np.maximum(known.values, 0), known.trace), rule)
@@ -216,7 +260,7 @@ def analyze_training(
         return np.asarray(one.probes.psi).T, energies, -np.asarray(one.sums.moved_q[:-1]).T
 
     cells = cells_of(parts, channel, respond)
-    run = _Run(path, swept[0], first, g)
+    run = RunAccount(path, swept[0], first, g)
     identities = run.path_identities(RealizedPath(recording, x_q, quadrature + 1, store, progress).forward(g[None]))
     coupled = None
     if x_q is not None:
@@ -228,7 +272,10 @@ def analyze_training(
         operators=known.operators,
         channel=channel,
         gramian_eigenvalues=known.gramian_values,
+        densities=known.densities,
         residuals=known.residuals,
+        seen=None if x_q is None else np.sum(known.moved_q**2, axis=0),
+        visibility=float(swept[0].sums.visibility),
         negative_share=max(0.0, -known.lowest) / known.gramian_values[0] if known.gramian_values[0] > 0 else 1.0,
         forced=run.forced,
         identities=tuple(identities),
@@ -236,6 +283,8 @@ def analyze_training(
         coupling=coupled,
         train_risk=run.train_risk(),
         test_risk=None if test_loss is None else run.test_risk(test_loss),
+        losses=np.append(swept[0].course.loss, run.losses[1]),
+        predicted=run.losses[0] - np.cumsum(np.append(0, swept[0].course.dissipated[:, 0])),
         replay=max(sweep.replay for sweep in swept),
     )
 
@@ -251,6 +300,7 @@ class _Known(NamedTuple):
     moved_q: np.ndarray
     gramian_values: np.ndarray
     lowest: float
+    densities: tuple[SpectralDensity, SpectralDensity]
     operators: dict[str, np.ndarray] | None
 
 
@@ -260,8 +310,11 @@ def _formed(path: RealizedPath) -> _Known:
     values, vectors = values[::-1], vectors[:, ::-1]
     gramian_values = np.linalg.eigvalsh(operators["gramian"])[::-1]
     moved, moved_q = operators["displacement"] @ vectors, operators["test_transfer"] @ vectors
-    zeros = np.zeros(len(values))
-    return _Known(values, vectors, zeros, None, moved, moved_q, gramian_values, float(gramian_values[-1]), operators)
+    size, zeros = len(values), np.zeros(len(values))
+    equal = jnp.full((1, size), 1 / size)
+    motion, gramian = (SpectralDensity(jnp.asarray(one)[None], equal, size) for one in (values, gramian_values))
+    lowest = float(gramian_values[-1])
+    return _Known(values, vectors, zeros, None, moved, moved_q, gramian_values, lowest, (motion, gramian), operators)
 
 
 def _sampled(path: RealizedPath, rank: int, num_products: int, seed: int) -> _Known:
@@ -269,18 +322,10 @@ def _sampled(path: RealizedPath, rank: int, num_products: int, seed: int) -> _Kn
         ritz_pairs(RealizedOperator(path, name), rank, num_products=num_products, seed=seed)
         for name in ("motion", "gramian")
     )
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (TRACE_PROBES, path.sizes[0]))
-    sums = path.forward(np.concatenate([motion.vectors.T, signs])).sums
-    trace = float(np.diagonal(np.asarray(sums.motion))[rank:].mean())
+    sums = path.forward(motion.vectors.T).sums
     moved, moved_q = (-np.asarray(one[:rank], np.float64).T for one in (sums.moved, sums.moved_q))
-    return _Known(*motion[:3], trace, moved, moved_q, gramian.values, gramian.lowest, None)
-
-
-def _outputs(path: RealizedPath, params: PyTree) -> tuple[Array, Array]:
-    """Training and test outputs, (0, c) without test points."""
-    run = path.recording
-    u_s = rows(run.apply_fn, params, run.x_s)
-    return u_s, u_s[:0] if path.x_q is None else rows(run.apply_fn, params, path.x_q)
+    trace, densities = float(motion.density.trace_of().value), (motion.density, gramian.density)
+    return _Known(*motion[:3], trace, moved, moved_q, gramian.values, gramian.lowest, densities, None)
 
 
 def _check_companions(recording, x_q, clean_loss, test_loss):
@@ -292,86 +337,3 @@ def _check_companions(recording, x_q, clean_loss, test_loss):
         if x_q is None:
             raise ValueError("test_loss needs the test inputs it belongs to; pass x_q.")
         check_targets(test_loss, *check_apply(recording.apply_fn, recording.params, x_q, "x_q"))
-
-
-def _predictions(sweep: Sweep) -> list[np.ndarray]:
-    """What the first probe, g, and the forced part say of g(T), the loss drop, and both displacements."""
-    gramian = np.asarray(sweep.sums.gramian, np.float64)
-    found = [np.asarray(sweep.probes.psi[0] + sweep.shared.forced.psi[0], np.float64)]
-    found.append(gramian[0, 0] + 2 * gramian[0, -1] + gramian[-1, -1])
-    found += [np.asarray(one[0] + one[-1], np.float64) for one in (sweep.sums.moved, sweep.sums.moved_q)]
-    return found
-
-
-class _Run:
-    """The run's first and last outputs, beside what the sweep of g (its first probe) and the forced part say."""
-
-    def __init__(self, path: RealizedPath, sweep: Sweep, first: tuple[Array, Array], g: np.ndarray):
-        run = path.recording
-        last = _outputs(path, sweep.shared.state.params)
-        self.path, self.sweep, self.sums = path, sweep, sweep.sums
-        self.first, self.last, self.g = first, last, g
-        self.moved, self.moved_q = (np.asarray(b - a, np.float64).reshape(-1) for a, b in zip(first, last, strict=True))
-        self.g_last = np.asarray(run.loss.grad(last[0]), np.float64)
-        self.losses = tuple(float(run.loss.value(u)) for u in (first[0], last[0]))
-
-    @property
-    def forced(self) -> tuple[float, float]:
-        def share(sums, moved):
-            return float(np.linalg.norm(sums[-1]) / max(np.linalg.norm(moved), np.finfo(float).tiny))
-
-        return share(self.sums.moved, self.moved), share(self.sums.moved_q, self.moved_q)
-
-    def path_identities(self, finer: Sweep) -> list[Identity]:
-        """(I1)-(I4), with ten times the effect of one more Gauss point for their tolerance."""
-        floor = 1e4 * float(jnp.finfo(self.path.dtype).eps) * np.sqrt(len(self.g))
-        statements = {
-            "(I1)": ("g(T) = P g(s)", self.g_last, self.g),
-            "(I2)": ("Φ(s) − Φ(T) = gᵀ W g", self.losses[0] - self.losses[1], self.losses[0] - self.losses[1]),
-            "(I3)": ("U_S(T) − U_S(s) = −D g", self.moved, self.moved),
-            "(I4)": ("U_Q(T) − U_Q(s) = −G g", self.moved_q, self.moved_q),
-        }
-        found = []
-        for (name, (statement, expected, scale)), ours, theirs in zip(
-            statements.items(), _predictions(self.sweep), _predictions(finer), strict=True
-        ):
-            if not np.size(expected):
-                continue
-            size = max(float(np.linalg.norm(scale)), np.finfo(float).tiny)
-            residual = float(np.linalg.norm(ours - expected)) / size
-            tolerance = max(floor, 10 * float(np.linalg.norm(ours - theirs)) / size)
-            found.append(Identity(name, statement, residual, tolerance, residual <= tolerance))
-        return found
-
-    def invisibility(self, seen: np.ndarray, motion: np.ndarray) -> Identity:
-        bound = float(self.sums.visibility)
-        allowed = bound * np.asarray(motion, np.float64)
-        floor = 100 * float(jnp.finfo(self.path.dtype).eps) * allowed.max()
-        ratio = float((np.sum(np.asarray(seen, np.float64) ** 2, axis=0) / np.maximum(allowed, floor)).max())
-        return Identity(
-            "(I6′)",
-            "‖G ψ‖² ≤ (Σ λ_max(J̄_Q N J̄_Qᵀ)) ψᵀ V ψ",
-            max(0.0, ratio - 1),
-            0.0,
-            ratio <= 1,
-            f"largest ratio {ratio:.2g} over {len(allowed)} eigenvectors of V",
-        )
-
-    def coupling(self, moved: np.ndarray, moved_q: np.ndarray) -> MotionCoupling:
-        predicted = moved_q @ (np.linalg.pinv(np.asarray(moved, np.float64), rcond=1e-12) @ self.moved)
-        x, y = predicted - predicted.mean(), self.moved_q - self.moved_q.mean()
-        size = np.linalg.norm(x) * np.linalg.norm(y)
-        return MotionCoupling(
-            rank=moved.shape[1],
-            correlation=float(x @ y / size) if size > 0 else float("nan"),
-            relative_error=float(np.linalg.norm(predicted - self.moved_q) / np.linalg.norm(self.moved_q)),
-        )
-
-    def train_risk(self) -> Risk:
-        start, end = self.losses
-        return Risk(start, end, start - float(_predictions(self.sweep)[1]))
-
-    def test_risk(self, loss: OutputLoss) -> Risk:
-        start, end = self.first[1], self.last[1]
-        predicted = start + _predictions(self.sweep)[3].reshape(start.shape).astype(start.dtype)
-        return Risk(*(float(loss.value(u)) for u in (start, end, predicted)))

@@ -14,11 +14,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d.axes3d import Axes3D
 
 from gramian._drawing import (
-    BAND,
     BLUE,
     GREY,
     NOTE,
@@ -28,10 +26,14 @@ from gramian._drawing import (
     STYLE,
     Page,
     canvas,
+    channel_band,
+    count,
+    draw_losses,
+    empty,
     legend_below,
     log_y,
+    marks,
     rounding_floor,
-    say,
     title_of,
 )
 from gramian._observables import Dissipation, KernelEvolution
@@ -39,6 +41,7 @@ from gramian._surface import draw_sheet, kernel_changes
 
 if TYPE_CHECKING:
     from gramian._report import Report
+    from gramian._training_report import TrainingReport
 
 __all__ = [
     "cells",
@@ -51,7 +54,6 @@ __all__ = [
     "test_displacement",
 ]
 
-MANY = 100  # directions from which on markers shrink, and a small channel is drawn on a logarithmic axis
 LEAST = 1e3  # roundings that an axis spans at least: a kernel that stands still is drawn still
 
 
@@ -114,13 +116,13 @@ def spectrum(report: Report, ax: Axes | None = None) -> Axes:
     channel = report.channel
     values = np.asarray(channel.eigenvalues)
     with canvas(ax) as ax:
-        ax.plot(_count(values), values, color=BLUE, label="eigenvalues", **_marks(values))
+        ax.plot(count(values), values, color=BLUE, label="eigenvalues", **marks(values))
         if report.flow.loss.isotropic:
             ceiling = report.flow.loss.targets.shape[0] / 2
             ax.axhline(ceiling, color=RED, ls="--", lw=1.2, label=f"ceiling n/2 = {ceiling:g}", zorder=1)
         log_y(ax, values)
         rounding_floor(ax, values, len(values) * np.finfo(values.dtype).eps * values.max())
-        _directions(ax, report, f"\n{channel.rule}")
+        channel_band(ax, channel, len(values), "$W_S$", f"\n{channel.rule}")
         title_of(ax, "Spectrum of the Gramian $W_S$")
         ax.set_ylabel("eigenvalue of $W_S$ (time × kernel)")
         legend_below(ax)
@@ -148,19 +150,19 @@ def residual_by_direction(report: Report, ax: Axes | None = None) -> Axes:
     g0, g1 = (np.asarray(flow.output_grad(w)) for w in (flow.params0, flow.params))
     start, end = (np.abs(vectors.T @ g) for g in (g0, g1))
     with canvas(ax) as ax:
-        marks = _marks(start)
-        ax.plot(_count(start), start, color=GREY, mfc="white", label=f"start, t = {flow.t0:g}", **marks)
-        ax.plot(_count(end), end, color=BLUE, label=f"end, t = {flow.t1:g}", **marks)
+        look = marks(start)
+        ax.plot(count(start), start, color=GREY, mfc="white", label=f"start, t = {flow.t0:g}", **look)
+        ax.plot(count(end), end, color=BLUE, label=f"end, t = {flow.t1:g}", **look)
         log_y(ax, np.concatenate([start, end]))
         rounding_floor(ax, end, float(np.finfo(g0.dtype).eps * np.linalg.norm(g0)))
-        _directions(ax, report)
+        channel_band(ax, report.channel, len(start), "$W_S$")
         title_of(ax, "Residual by direction")
         ax.set_ylabel(r"output gradient $|\psi_j^T g|$ (loss per output)")
         legend_below(ax)
     return ax
 
 
-def cells(report: Report, ax: Axes | None = None) -> Axes:
+def cells(report: Report | TrainingReport, ax: Axes | None = None) -> Axes:
     """Draws signal and noise in channel and reservoir: what each has of g, of the loss, of the test motion (theory §6).
 
     Shares are of squares, so parts that are not orthogonal interact: the grey bar holds the cross terms, may be
@@ -220,7 +222,7 @@ def cells(report: Report, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def test_displacement(report: Report, ax: Axes | None = None) -> Axes:  # noqa: PT028
+def test_displacement(report: Report | TrainingReport, ax: Axes | None = None) -> Axes:  # noqa: PT028
     """Draws the test displacement that the training displacement predicts, A ΔU_S, against the observed one (I9).
 
     Under the squared loss all points lie on the line, up to the discretisation of the flow.
@@ -238,10 +240,10 @@ def test_displacement(report: Report, ax: Axes | None = None) -> Axes:  # noqa: 
     coupled = report.coupling
     with canvas(ax, (5, 4.6)) as ax:
         title_of(ax, "Test displacement")
-        ax.set_xlabel(r"observed, $U_Q(t_1) - U_Q(t_0)$ (outputs)")
-        ax.set_ylabel(r"predicted, $A\,[U_S(t_1) - U_S(t_0)]$ (outputs)")
+        ax.set_xlabel(r"observed, $\Delta U_Q$ (outputs)")
+        ax.set_ylabel(r"predicted, $A\,\Delta U_S$ (outputs)")
         if coupled is None:
-            return _empty(ax, "no test points:\npass x_q to analyze")
+            return empty(ax, "no test points:\npass x_q")
         low, high = _span(coupled.observed, coupled.predicted)
         ax.plot([low, high], [low, high], color=GREY, lw=1, label="predicted = observed", zorder=1)
         ax.scatter(
@@ -323,25 +325,9 @@ def loss(report: Report, ax: Axes | None = None) -> Axes:
     flow, start = report.flow, report.train_risk.start
     observed = np.asarray(flow.history["loss"])
     predicted = start - np.asarray(flow.recorded(Dissipation))
-    missed = float(np.abs(observed - predicted).max())
     elapsed = flow.history["t"] - flow.t0
     with canvas(ax) as ax:
-        ax.plot(elapsed, observed, color=BLUE, lw=2.8, label=r"training loss $\Phi$")
-        ax.plot(elapsed, predicted, color=RED, lw=1.4, ls="--", label=r"predicted, $\Phi(t_0) - g^T W_S(t)\,g$")
-        ax.axhline(start, color="black", lw=1, ls=":", label=rf"at the start, $\Phi(t_0)$ = {start:.3g}")
-        label = rf"largest difference, {missed / start:.1e} $\Phi(t_0)$"
-        if observed.min() < 0.05 * start:
-            if missed > observed.min() / 2:
-                ax.axhline(missed, color=GREY, lw=1, ls="-.", label=label)
-            else:
-                say(ax, label)
-            log_y(ax, np.concatenate([observed, predicted]))
-            rounding_floor(ax, predicted, np.finfo(observed.dtype).eps * start, "predictions below rounding")
-        else:
-            say(ax, label)
-            ax.set_ylim(0, 1.05 * max(start, float(observed.max())))
-        title_of(ax, "Loss and its dissipation")
-        ax.set_ylabel("training loss (mean over examples)")
+        draw_losses(ax, elapsed, observed, predicted, start, (r"\Phi(t_0)", "W_S(t)"))
         _times(ax, report)
         legend_below(ax)
     return ax
@@ -384,38 +370,11 @@ def kernel_surface(report: Report, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _empty(ax: Axes, text: str) -> Axes:
-    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=GREY)
-    ax.set(xticks=[], yticks=[])
-    return ax
-
-
-def _count(values: np.ndarray) -> np.ndarray:
-    return np.arange(1, len(values) + 1)
-
-
-def _marks(values: np.ndarray) -> dict[str, Any]:
-    return {"marker": "o", "ms": 3 if len(values) > MANY else 4, "ls": "none"}
-
-
 def _span(*values: np.ndarray) -> tuple[float, float]:
     low, high = (float(f([f(v) for v in values])) for f in (np.min, np.max))
     size = max(abs(low), abs(high)) or 1.0
     pad = 0.06 * (high - low) if high - low > 1e-6 * size else 0.1 * size
     return low - pad, high + pad
-
-
-def _directions(ax: Axes, report: Report, rule: str = "") -> None:
-    rank, n = report.channel.rank, len(report.channel.eigenvalues)
-    ax.axvspan(0.5, rank + 0.5, color=BAND, zorder=0, label=f"signal channel, rank {rank} of {n}{rule}")
-    if n > MANY and 10 * rank < n:  # else the channel would be a thin line
-        ax.set_xscale("log")
-        ax.set_xlim(0.8, 1.1 * n)
-    else:
-        ax.set_xlim(0.5 - 0.015 * n, 0.5 + 1.015 * n)
-        ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True).tick_values(1, n)
-        ax.set_xticks([tick for tick in ticks if 1 <= tick <= n])
-    ax.set_xlabel("eigen-direction j of $W_S$, largest first")
 
 
 def _times(ax: Axes, report: Report) -> None:

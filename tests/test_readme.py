@@ -62,6 +62,7 @@ def test_the_account_of_a_real_run_is_given_as_typed(tmp_path):
     assert "moved by weight decay" in result.stdout
     assert "NO" not in result.stdout
     assert (tmp_path / "run").is_dir()
+    assert (tmp_path / "run.png").exists()
 
 
 def test_the_gate_is_audited_used_and_reported_as_typed(tmp_path):

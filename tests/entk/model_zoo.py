@@ -8,7 +8,6 @@ Outputs are mostly the sine of what the model would give. A network with one hid
 symmetric, K[ia, jb] = K[ib, ja], and exchanged outputs would pass unseen.
 """
 
-import contextlib
 import itertools
 import zlib
 from collections.abc import Callable
@@ -26,17 +25,6 @@ from flax import nnx
 from jax import lax
 
 NUM_X1, NUM_X2 = 3, 4
-
-
-@contextlib.contextmanager
-def quick_compilation():
-    """For programs that are compiled to run once: half the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @dataclass(frozen=True)

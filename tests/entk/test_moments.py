@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlp_oracle import apply_fn as mlp
 from mlp_oracle import assert_close, batch, init
-from model_zoo import ZOO, quick_compilation
+from model_zoo import ZOO
 
 from entk import gradient_moments, jacobian
 from entk._moments import _moments
@@ -40,8 +40,7 @@ def test_models_of_the_zoo(model):
     def both(params, x):
         return gradient_moments(losses, params, x, microbatch_size=3), jacobian(losses, params, x)
 
-    with quick_compilation():
-        moments, gradients = both(params, x)
+    moments, gradients = both(params, x)
     gradients = np.asarray(gradients, np.float64)[:, 0]
     mean, spread = gradients.mean(0), ((gradients - gradients.mean(0)) ** 2).sum(0)
     scale = np.abs(mean).max() ** 2 + spread.max()

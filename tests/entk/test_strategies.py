@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlp_oracle import assert_close, batch, init
 from mlp_oracle import wavy_fn as mlp
-from model_zoo import ZOO, quick_compilation
+from model_zoo import ZOO
 
 from entk import (
     FullJacobian,
@@ -47,8 +47,7 @@ def test_every_strategy_on_every_model(model):
         k_qs = [empirical_ntk(apply_fn, params, x2, x1, strategy=each) for each in (PAIRS, BLOCKS)]
         return jacobian(apply_fn, params, x1), jacobian(apply_fn, params, x2), empirical_ntk(apply_fn, params, x1), k_qs
 
-    with quick_compilation():
-        *jacobians, k_ss, k_qs = jax.device_get(everything(params, x1, x2))
+    *jacobians, k_ss, k_qs = jax.device_get(everything(params, x1, x2))
     jac1, jac2 = (jac.astype(np.float64).reshape(-1, jac.shape[2]) for jac in jacobians)
     assert_close(k_ss, jac1 @ jac1.T, tolerance)
     for kernel in k_qs:

@@ -60,14 +60,16 @@ def test_quickstart_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
 
 
 def test_realized_reports_a_run_beside_gradient_flow(tmp_path, capsys):
-    realized(Realized(smoke=True, models=("cnn",), optimizers=("adam",), out=tmp_path))
-    folder = tmp_path / "cnn-adam"
+    realized(Realized(smoke=True, models=("mlp",), optimizers=("adam",), out=tmp_path))
+    folder = tmp_path / "mlp-adam"
     report = json.loads((folder / "report.json").read_text())
     assert [row["name"] for row in report["identities"] if row["holds"]] == ["(I1)", "(I2)", "(I3)", "(I4)", "(I6′)"]
     assert report["num_test_outputs"] == 300
     assert set(report["sides"]) == {"adam", "gradient flow"}
     assert 0 < report["flow"]["distance_of_test_displacements"] < 1
-    assert (folder / "report.png").stat().st_size > 5_000
+    assert report["formed"]["run"]["num_train_outputs"] == report["formed"]["flow"]["num_train_outputs"] == 60
+    for name in ("report", "formed-run", "formed-flow", "sides"):
+        assert (folder / f"{name}.png").stat().st_size > 5_000
     assert not (folder / "unfinished").exists()
     assert "gradient flow" in capsys.readouterr().out
     with pytest.raises(ValueError, match="without --smoke"):

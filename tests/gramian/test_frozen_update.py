@@ -90,3 +90,26 @@ def test_the_memory_of_a_probe():
         1,
         0,
     ]
+
+
+def test_an_extra_argument_is_a_coefficient_and_no_summand():
+    params = {"w": jnp.array([1.0, 2.0])}
+
+    def transformation(combine):
+        def update(grads, state, params=None, *, other, power, **_):
+            assert power == 2, "numbers stay numbers"
+            return jax.tree.map(lambda g, o: combine(g, o**power), grads, other), state
+
+        return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+    def extra_args(params, batch):
+        return {"other": jax.tree.map(lambda w: w * batch.sum(), params), "power": 2}
+
+    batch, grads = jnp.array([1, 2]), {"w": jnp.array([1.0, -1.0])}
+    frozen = FrozenUpdate(transformation(jnp.multiply), params, extra_args, batch)
+    linear = {"w": jnp.array([10.0, 20.0])}
+    (updates, _), (mapped, _) = frozen(grads, optax.EmptyState(), params, linear, [], frozen.extras(params, batch))
+    np.testing.assert_allclose(updates["w"], [9.0, -36.0])
+    np.testing.assert_allclose(mapped["w"], [90.0, 720.0])
+    with pytest.raises(ValueError, match="not linear in the gradients because of"):
+        FrozenUpdate(transformation(jnp.add), params, extra_args, batch)

@@ -1,9 +1,12 @@
 """Ritz pairs against full eigendecompositions."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from entk._spectrum import SpectralDensity
 from gramian import ritz_pairs, sampled_density
+from gramian._krylov import spectrum_of
 
 
 class Matrix:
@@ -71,6 +74,23 @@ def test_the_density_of_an_indefinite_spectrum():
     rank, error = density.effective_rank()
     assert abs(float(rank) - values.sum() ** 2 / (values**2).sum()) < 5 * float(error)
     np.testing.assert_allclose(density.weights.sum(1), 1, rtol=1e-12)
+
+
+def test_the_same_products_give_the_density():
+    """Moments up to degree 2·num_products − 1 are those of the first block's own vectors; places are those of N."""
+    values = np.concatenate([np.linspace(1, 3, 60), np.linspace(-0.5, 0, 20)])
+    operator = Matrix(values)
+    density = ritz_pairs(operator, 4, block_size=10, num_products=3).density
+    np.testing.assert_allclose(density.weights.sum(1), 1, rtol=1e-12)
+    for power in range(1, 6):
+        value, error = density.trace_of(lambda v, power=power: v**power)
+        assert abs(float(value) - (values**power).sum()) < 4 * float(error)
+        assert float(error) < 0.1 * (values**power).sum()
+    even = np.linspace(3, -1, 80)
+    places, nodes = spectrum_of(ritz_pairs(Matrix(even), 4, block_size=10, num_products=3).density)
+    assert np.abs(np.interp(places, np.arange(1, 81), even) - nodes).mean() < 0.2
+    exact = SpectralDensity(jnp.array([[1.0, 3.0, 2.0]]), jnp.full((1, 3), 1 / 3), 3)
+    np.testing.assert_allclose(spectrum_of(exact)[0], [1, 2, 3])
 
 
 def test_all_steps_give_the_moments_of_the_probe_exactly():

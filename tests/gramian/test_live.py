@@ -9,7 +9,46 @@ from training_problems import OPTIMIZERS, OUTPUTS, PARAMS, SOFTMAX, N, X, apply_
 
 from entk import empirical_ntk
 from gramian import LiveChannel, RealizedPath, dense_operators, minibatches
-from gramian._recording import TrainState, train
+from gramian._training_steps import TrainState, train
+
+
+def followed(tx, batches, basis, **settings):
+    """What a live channel says after a run on these batches."""
+    live = LiveChannel(apply_fn, SOFTMAX, X, tx, quadrature=2, **settings)
+    train_state = TrainState(jax.tree.map(jnp.asarray, PARAMS), tx.init(PARAMS))
+    state = live.init(*train_state, basis)
+    for batch in batches:
+        state, info = live.update(state, *train_state, batch)
+        train_state = train(apply_fn, tx, SOFTMAX, X, train_state, batch[None])
+    return state, info
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_period_costs_accuracy_of_first_order(tmp_path, name):
+    """W on the probes against the recorded run's matrices: the error falls with the period, and drift bounds it."""
+    tx, batches = OPTIMIZERS[name], minibatches(N, 4, 8)
+    _, run = record(tmp_path, tx, batches=batches)
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(N * OUTPUTS, 4)))[0]
+    exact = basis.T @ np.asarray(dense_operators(RealizedPath(run, quadrature=2))["gramian"]) @ basis
+    errors = {}
+    for every in (1, 2, 4, 8):
+        state, info = followed(tx, batches, basis, every=every)
+        assert state.steps == 0
+        errors[every] = np.linalg.norm(state.sums.gramian[:-1, :-1] - exact) / np.linalg.norm(exact)
+        assert every == 1 or errors[every] < float(info.drift)
+    assert errors[1] < 1e-9
+    assert errors[2] < 0.7 * errors[4] < 0.5 * errors[8]
+    assert errors[8] > 10 * errors[1]
+
+
+def test_a_period_that_is_not_over_changes_nothing_yet():
+    tx, basis = OPTIMIZERS["momentum"], np.eye(N * OUTPUTS)[:, :2]
+    batches = minibatches(N, 4, 3)
+    (whole, first), (partial, second) = (followed(tx, batches[:k], basis, every=4) for k in (4, 6))
+    assert (whole.steps, partial.steps) == (0, 2)
+    np.testing.assert_array_equal(first.gramian_eigenvalues, second.gramian_eigenvalues)
+    assert np.abs(jax.tree.leaves(partial.moves)[0]).max() > 0
+    assert np.abs(jax.tree.leaves(whole.moves)[0]).max() == 0
 
 
 @pytest.mark.parametrize("name", ["momentum", "adamw"])
@@ -18,12 +57,7 @@ def test_it_is_the_recorded_runs_w_and_v_on_the_probes(tmp_path, name):
     _, run = record(tmp_path, tx, batches=batches)
     found = dense_operators(RealizedPath(run, quadrature=2))
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(N * OUTPUTS, 4)))[0]
-    live = LiveChannel(apply_fn, SOFTMAX, X, tx, quadrature=2)
-    train_state = TrainState(jax.tree.map(jnp.asarray, PARAMS), tx.init(PARAMS))
-    state = live.init(*train_state, basis)
-    for batch in batches:
-        state, info = live.update(state, *train_state, batch)
-        train_state = train(apply_fn, tx, SOFTMAX, X, train_state, batch[None])
+    state, info = followed(tx, batches, basis)
     for values, which in ((info.gramian_eigenvalues, "gramian"), (info.motion_eigenvalues, "motion")):
         expected = np.linalg.eigvalsh(basis.T @ np.asarray(found[which]) @ basis)[::-1]
         np.testing.assert_allclose(values, expected, rtol=1e-8)
@@ -51,18 +85,18 @@ def test_one_compilation_serves_the_loop(monkeypatch):
     tx, params = optax.adam(0.01), jax.tree.map(jnp.asarray, PARAMS)
     live, traces = LiveChannel(apply_fn, SOFTMAX, X, tx, rank=2), []
     state = live.init(params, tx.init(params))
-    monkeypatch.setattr("gramian._live.realized_step", _counted(traces))
+    monkeypatch.setattr("gramian._live.take", _counted(traces))
     for batch in minibatches(N, 4, 2):
         state, _ = live.update(state, params, tx.init(params), batch)
     assert len(traces) == 1
 
 
 def _counted(traces):
-    from gramian._realized_step import realized_step
+    from gramian._realized_step import take
 
     def counted(*args):
         traces.append(1)
-        return realized_step(*args)
+        return take(*args)
 
     return counted
 
@@ -70,3 +104,5 @@ def _counted(traces):
 def test_an_optimizer_that_cannot_be_followed():
     with pytest.raises(ValueError, match="scale_by_lion"):
         LiveChannel(apply_fn, SOFTMAX, X, optax.lion(0.1)).init(PARAMS, optax.lion(0.1).init(PARAMS))
+    with pytest.raises(ValueError, match="every=0"):
+        LiveChannel(apply_fn, SOFTMAX, X, optax.sgd(0.1), every=0).init(PARAMS, optax.sgd(0.1).init(PARAMS))

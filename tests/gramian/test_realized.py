@@ -7,8 +7,9 @@ import optax
 import pytest
 from training_problems import OPTIMIZERS, OUTPUTS, PARAMS, SOFTMAX, SQUARED, X_Q, M, N, X, apply_fn, record
 
+from entk import gradient_moments
 from gramian import RealizedOperator, RealizedPath, Recorder, Recording, dense_operators, minibatches, record_training
-from gramian._recording import train
+from gramian._training_steps import train
 
 NAMES = ("propagator", "gramian", "motion", "displacement", "test_transfer")
 
@@ -44,6 +45,38 @@ def residuals(path, params, loss):
 def test_the_identities_hold_for_the_real_run(tmp_path, name):
     params, run = record(tmp_path, OPTIMIZERS[name])
     assert max(residuals(RealizedPath(run, X_Q, 4), params, SOFTMAX)) < 1e-9
+
+
+def exact_gate():
+    """Lets through the coordinates whose mean gradient the batch itself tells from zero; a reading of theory (10)."""
+
+    def update(grads, state, params=None, *, mean_grads, sum_sq_diff_grads, sample_size, **_):
+        scale = sample_size * (sample_size - 1)
+        return jax.tree.map(
+            lambda g, m, s: jnp.where(m**2 > s / scale, g, 0.1 * g), grads, mean_grads, sum_sq_diff_grads
+        ), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def moments(params, batch):
+    def example_loss(params, example):
+        x, y = example
+        return jax.vmap(SOFTMAX.example_loss)(apply_fn(params, x), y)
+
+    examples = jnp.asarray(X)[batch], SOFTMAX.targets[batch]
+    return gradient_moments(example_loss, params, examples)._asdict()
+
+
+def test_extra_arguments_of_the_optimizer_are_computed_again(tmp_path):
+    """A gate with exact moments of every batch, before Adam: the identities hold, with the mask for a coefficient."""
+    tx, batches = optax.chain(exact_gate(), optax.adam(0.02)), minibatches(N, 4, 5)
+    params, run = record_training(apply_fn, PARAMS, X, SOFTMAX, tx, batches, Recorder(tmp_path, 8), extra_args=moments)
+    assert max(residuals(RealizedPath(run, X_Q, 4), params, SOFTMAX)) < 1e-9
+    plain = record(tmp_path / "plain", optax.adam(0.02), batches=batches)[0]
+    assert np.abs(plain["a"] - params["a"]).max() > 1e-3, "the gate does something"
+    with pytest.raises(TypeError, match=r"mean_grads.*extra_args\(params, batch\)"):
+        RealizedPath(Recording(tmp_path, apply_fn, tx, SOFTMAX, X, run.params))
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -172,6 +205,24 @@ def test_a_run_that_begins_with_momentum(tmp_path):
     moved = (apply_fn(state.params, X) - apply_fn(run.params, X)).ravel()
     np.testing.assert_allclose(sweep.sums.moved.sum(0), moved, rtol=1e-8, atol=1e-10)
     assert np.linalg.norm(sweep.sums.moved[1]) > 0.1 * np.linalg.norm(moved)
+
+
+def test_states_that_were_not_kept_are_computed_again(tmp_path):
+    """A run kept every 40 steps is swept 16 steps at a time, both ways, as one kept every 8."""
+    batches, psi = minibatches(N, 4, 16), np.random.default_rng(0).normal(size=(2, N * OUTPUTS))
+    seldom, often = (record(tmp_path / str(k), OPTIMIZERS["adamw"], batches=batches, every=k)[1] for k in (40, 8))
+    for backwards in (False, True):
+        pieces = list(seldom.segments(backwards=backwards, at_most=16))
+        steps = [(piece.step, len(piece.batches)) for piece in pieces]
+        assert sorted(steps) == [(0, 16), (16, 16), (32, 8), (40, 8)]
+        assert steps == sorted(steps, reverse=backwards)
+    kept = {segment.step: segment.start for segment in often.segments()}
+    for piece in pieces:
+        for a, b in zip(*map(jax.tree.leaves, (piece.start, kept[piece.step])), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13)
+    one, other = (RealizedPath(run, X_Q, 1) for run in (seldom, often))
+    np.testing.assert_allclose(one.forward(psi).sums.gramian, other.forward(psi).sums.gramian, rtol=1e-8)
+    np.testing.assert_allclose(one.backward(psi, of="gramian"), other.backward(psi, of="gramian"), rtol=1e-7)
 
 
 def test_without_test_points(tmp_path):

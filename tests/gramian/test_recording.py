@@ -169,7 +169,7 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_saved(tmp_path, monkeypa
     recorder = Recorder(tmp_path, every=4, save_bytes=1)
     import gramian._recording as recording
 
-    plain, calls = recording._digest, []
+    plain, calls = recording._checksum, []
 
     def full(tree):
         calls.append(tree)
@@ -181,7 +181,7 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_saved(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(recording, "_digest", full)
+        patch.setattr(recording, "_checksum", full)
         with pytest.raises(OSError, match=r"(?s)step 12.*No space left.*intact up to step 8"):
             record_training(apply_fn, PARAMS, X, SOFTMAX, OPTIMIZERS["adam"], batches, recorder)
     monkeypatch.undo()

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -15,6 +16,7 @@ import pytest
 from training_problems import CLASSES, OPTIMIZERS, OUTPUTS, SQUARED, X_Q, N, record
 
 from gramian import AboveThreshold, RealizedPath, analyze_training, minibatches, softmax_cross_entropy
+from gramian import _realized as realized
 
 CLEAN = softmax_cross_entropy(jnp.array((CLASSES + (np.arange(N) < 3)) % OUTPUTS))
 TEST = softmax_cross_entropy(jnp.array([0, 1, 2, 0]))
@@ -91,6 +93,63 @@ def test_squared_loss_without_test_points(tmp_path):
     assert report.forced == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("of", [None, "gramian"])
+def test_a_sweep_goes_on_where_it_was_killed(run, tmp_path, monkeypatch, of):
+    """Interrupted at every third segment: no segment but that one is swept twice, and all bits are the same."""
+    monkeypatch.setattr(realized, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(realized, "STEPS_AT_ONCE", 8)
+    psi, swept = np.random.default_rng(0).normal(size=(2, N * OUTPUTS)), []
+
+    def sweep(store):
+        path = RealizedPath(run, X_Q, 1, store)
+        return path.forward(psi) if of is None else path.backward(psi, of=of)
+
+    whole = sweep(None)
+
+    def interrupted(plain):
+        def call(*args):
+            swept.append(plain)
+            if len(swept) % 3 == 0:
+                raise KeyboardInterrupt
+            return plain(*args)
+
+        return call
+
+    for name in ("_forward", "_backward"):
+        monkeypatch.setattr(realized, name, interrupted(getattr(realized, name)))
+    segments, kills, found = 3 if of is None else 6, 0, None
+    while found is None and kills < segments:
+        try:
+            found = sweep(tmp_path)
+        except KeyboardInterrupt:
+            kills += 1
+    assert 0 < kills < segments
+    assert len(swept) == segments + kills
+    for one, other in zip(*map(jax.tree.leaves, (whole, found)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npz"], "nothing is left of the way"
+
+
+def test_a_damaged_state_on_the_way_is_computed_again(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(realized, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(realized, "STEPS_AT_ONCE", 8)
+    psi, plain = np.ones((1, N * OUTPUTS)), realized._backward
+    whole = RealizedPath(run, X_Q, 1).backward(psi, of="motion")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(realized, "_backward", stop)
+    with pytest.raises(KeyboardInterrupt):
+        RealizedPath(run, X_Q, 1, tmp_path).backward(psi, of="motion")
+    monkeypatch.setattr(realized, "_backward", plain)
+    (folder,) = tmp_path.iterdir()
+    damaged = folder / "16.npz"
+    damaged.write_bytes(damaged.read_bytes()[:-50])
+    np.testing.assert_array_equal(RealizedPath(run, X_Q, 1, tmp_path).backward(psi, of="motion"), whole)
+    assert "16.npz" in capsys.readouterr().out
+
+
 def test_a_killed_analysis_takes_up_finished_sweeps(run, tmp_path, monkeypatch):
     settings = {"dense": False, "rank": 2, "num_products": 1, "store": tmp_path}
     whole = analyze_training(run, X_Q, **settings | {"store": None}).as_dict()
@@ -105,7 +164,7 @@ def test_a_killed_analysis_takes_up_finished_sweeps(run, tmp_path, monkeypatch):
     monkeypatch.setattr(RealizedPath, "_forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         analyze_training(run, X_Q, **settings)
-    kept = {path.name for path in tmp_path.iterdir()}
+    kept = {path.name for path in tmp_path.iterdir() if path.is_file()}
     assert len(kept) == 3
     damaged = tmp_path / sorted(kept)[0]
     damaged.write_bytes(damaged.read_bytes()[:-100])
@@ -123,27 +182,29 @@ def test_a_store_tells_runs_of_the_same_start_apart(run, tmp_path):
     assert np.abs(first - second).max() > 1e-3
 
 
-def test_sigkill_of_an_analysis(run, tmp_path):
+def test_sigkill_in_the_midst_of_a_sweep(run, tmp_path, monkeypatch):
+    """Killed as soon as something is kept on the way back; the next process ends it, bit-identical."""
     code = f"""
 import sys, jax
 jax.config.update("jax_enable_x64", True)
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from training_problems import *
-from gramian import Recording, analyze_training
+from gramian import RealizedPath, Recording, _realized
+_realized.KEEP_SECONDS, _realized.STEPS_AT_ONCE = 0.0, 2
 params = {{name: jnp.asarray(leaf) for name, leaf in PARAMS.items()}}
 run = Recording({str(run.directory)!r}, apply_fn, OPTIMIZERS["adamw"], SOFTMAX, X, params)
-print("ready", flush=True)
-report = analyze_training(run, X_Q, dense=False, rank=2, num_products=1, store={str(tmp_path)!r})
-import json; print(json.dumps(report.as_dict()), flush=True)
+product = RealizedPath(run, X_Q, 1, {str(tmp_path)!r}).backward(np.ones((1, {N * OUTPUTS})), of="gramian")
+print(np.asarray(product).tobytes().hex(), flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(3.0)
+    while process.poll() is None and not list(tmp_path.glob("*/backward.npz")):
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.communicate()[0] == "", "it was killed before its end"
     last = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
-    whole = analyze_training(run, X_Q, dense=False, rank=2, num_products=1).as_dict()
-    assert json.loads(last.splitlines()[-1]) == json.loads(json.dumps(whole))
+    monkeypatch.setattr(realized, "STEPS_AT_ONCE", 2)
+    whole = RealizedPath(run, X_Q, 1).backward(np.ones((1, N * OUTPUTS)), of="gramian")
+    assert bytes.fromhex(last) == np.asarray(whole).tobytes()
 
 
 def test_examples_and_probes_on_eight_devices(tmp_path):
