@@ -3,6 +3,7 @@
 import tyro
 
 from experiments.benchmarks.flow import main as benchmark_flow
+from experiments.benchmarks.gate import main as benchmark_gate
 from experiments.benchmarks.ntk import main as benchmark_ntk
 from experiments.benchmarks.realized import main as benchmark_realized
 from experiments.quickstart import main as quickstart
@@ -12,6 +13,7 @@ EXPERIMENTS = {
     "quickstart": quickstart,
     "realized": realized,
     "benchmark-flow": benchmark_flow,
+    "benchmark-gate": benchmark_gate,
     "benchmark-ntk": benchmark_ntk,
     "benchmark-realized": benchmark_realized,
 }

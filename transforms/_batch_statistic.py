@@ -47,8 +47,8 @@ def batch_statistic(b1: ArrayLike | None = None) -> Statistic:
       ValueError: b1 outside [0, 1). At the update: a sample_size below 2, or a tree of moments unlike the gradients.
       TypeError: b1 not a number. At the update: a missing extra argument.
 
-    A traced sample_size below 2 cannot be refused; it gives infinite noise, which shuts the gate. A negative sum of
-    squares, which rounding can bring, counts as zero.
+    A traced sample_size below 2 cannot be refused; it gives infinite noise, which shuts the gate for this step, and
+    averages over steps pass the batch over. A negative sum of squares, which rounding can bring, counts as zero.
 
     Not supported: `optax.MultiSteps` around it, which passes the extra arguments of its last micro-batch only; join
     the moments instead (`join_moments`).
@@ -97,8 +97,11 @@ def batch_statistic(b1: ArrayLike | None = None) -> Statistic:
         dof = jnp.maximum(size - 1, 1e-3)
         if b1 is None:
             return state, Moments(means, variances, dof=dof)
-        step = jnp.asarray(optax.safe_increment(state.step))
-        mean, mean_hat = ema(means, state.mean, b1, step)
+        # A batch that says nothing of its noise is left out of both averages.
+        known = size > 1
+        counted = jnp.where(known, optax.safe_increment(state.step), state.step)
+        step = jnp.maximum(counted, 1)
+        mean, mean_hat = ema(jax.tree.map(lambda m: jnp.where(known, m, jnp.nan), means), state.mean, b1, step)
         # The raw average of variances has the squared weights, (1 - b1)² b1^(2(t - i)).
         decay = jnp.asarray(b1, float)
         weight = (1 - decay) / (1 + decay)
@@ -106,8 +109,9 @@ def batch_statistic(b1: ArrayLike | None = None) -> Statistic:
         c, fourth = sum_of_squared_weights(b1, step), sum_of_squared_weights(decay**2, step)
         total = (1 - decay**step) ** 2
         # Σ w_i⁴ / (Σ w_i²)² is the sum of squares of the weights w_i²/Σ w_j², which decay with b1².
-        moments = Moments(mean_hat, jax.tree.map(lambda v: v / (total * c), variance), noise_ratio=c, dof=dof / fourth)
-        return BatchStatisticState(step, mean, variance), moments
+        variance_hat = jax.tree.map(lambda v: jnp.where(known, v / (total * c), jnp.inf), variance)
+        moments = Moments(mean_hat, variance_hat, noise_ratio=c, dof=dof / fourth)
+        return BatchStatisticState(counted, mean, variance), moments
 
     return Statistic(init, update)
 
@@ -133,6 +137,9 @@ def join_moments(
 
     Raises:
       NameError: axis_name is not bound here.
+      ValueError: the means are known to be the same on every device. Inside `jax.shard_map` a gradient with respect to
+        replicated parameters is already summed over devices; take this device's own with respect to
+        `jax.lax.pcast(params, axis_name, to="varying")`.
 
     Cost: two all-reduces of a tree like the parameters.
 
@@ -144,18 +151,42 @@ def join_moments(
     >>> joined["mean_grads"][0].item(), joined["sum_sq_diff_grads"][0].item(), joined["sample_size"][0].item()
     (2.0, 8.0, 4.0)
     """
+    _check_varying(mean_grads, axis_name)
     size = jnp.asarray(sample_size, float)
     total = jax.lax.psum(size, axis_name)
-    mean = jax.tree.map(lambda m: jax.lax.psum((size / total).astype(m.dtype) * m, axis_name), mean_grads)
 
-    def spread(own: jax.Array, own_mean: jax.Array, mean: jax.Array) -> jax.Array:
+    def joined_mean(own: ArrayLike) -> jax.Array:
+        # Divided in the gradients' precision: a share in float32 would cost float64 ones half their digits.
+        dtype = compute_dtype(own)
+        return jax.lax.psum(size.astype(dtype) / total.astype(dtype) * own, axis_name)
+
+    def spread(own: ArrayLike, own_mean: ArrayLike, mean: jax.Array) -> jax.Array:
+        own = jnp.asarray(own, compute_dtype(own))
         return jax.lax.psum(own + size.astype(own.dtype) * (own_mean - mean) ** 2, axis_name)
 
+    mean = jax.tree.map(joined_mean, mean_grads)
     return {
-        "mean_grads": mean,
+        "mean_grads": jax.tree.map(lambda joined, own: joined.astype(jnp.result_type(own)), mean, mean_grads),
         "sum_sq_diff_grads": jax.tree.map(spread, sum_sq_diff_grads, mean_grads, mean),
         "sample_size": total,
     }
+
+
+def _check_varying(mean_grads: optax.Updates, axis_name: Any) -> None:
+    for name in axis_name if isinstance(axis_name, tuple) else (axis_name,):
+
+        def varies(value: ArrayLike, name: Any = name) -> bool:
+            kind = jax.typeof(value)
+            kind = getattr(kind, "mat", kind)  # from JAX 0.10.2 on
+            return name in getattr(kind, "varying", getattr(kind, "vma", ()))
+
+        # Without check_vma (and under vmap) nothing is known to vary, not even the device's own number.
+        if varies(jax.lax.axis_index(name)) and not any(map(varies, jax.tree.leaves(mean_grads))):
+            raise ValueError(
+                f"mean_grads must be each device's own, got the same along {name!r} everywhere: inside jax.shard_map a "
+                "gradient with respect to replicated parameters is already summed over devices. Differentiate with "
+                f"respect to jax.lax.pcast(params, {name!r}, to='varying')."
+            )
 
 
 def _variance(sum_sq_diff: ArrayLike, scale: jax.Array) -> jax.Array:

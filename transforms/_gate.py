@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from transforms import _validation
 from transforms._masks import Mask, SnrMask
-from transforms._reductions import PerScalar, Pooled, Reduction
+from transforms._reductions import PerScalar, Pooled, Reduction, debiased
 from transforms._statistic import Statistic, ema_statistic
 from transforms._summary import Summary, no_summary, summary_of
 from transforms._thresholds import Threshold, TStatistic
@@ -22,8 +22,8 @@ class PopriskGateState(NamedTuple):
       step: steps taken.
       statistic_state: that of the statistic.
       inner_state: that of the transformation it wraps.
-      summary: what the gate did lately, a `LeafSummary` of scalars at each leaf; `gate_report` shows it. None with
-        `summary=None`.
+      summary: what the gate did lately, an array at each leaf that `LeafSummary(*array)` names; `gate_report` shows it.
+        None with `summary=None`.
     """
 
     step: jax.Array
@@ -134,7 +134,8 @@ def poprisk_gate(
         treedef = jax.tree.structure(moments.mean)
         signal = jax.tree.map(jnp.square, moments.mean)
         noise = jax.tree.map(lambda variance: (level.unit * variance).astype(variance.dtype), moments.variance)
-        pooled = treedef.flatten_up_to(reduction.pool(signal, noise))
+        blocks = treedef.flatten_up_to(reduction.pool(signal, noise))
+        pooled = [block._replace(num_together=debiased(block.num_together, moments.dof)) for block in blocks]
 
         def q_of(pooled: Pooled) -> jax.Array:
             q = mask.openness(pooled.signal, pooled.noise, level.tau(pooled.num_together))

@@ -8,6 +8,7 @@ step.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import betainc
 from jax.typing import ArrayLike
 
@@ -16,6 +17,8 @@ from jax.typing import ArrayLike
 _MOST_DOF = 1e4
 _LARGE_COUNT = 16
 _ROUNDS = 48
+# Four an octave: a root search for each of thousands of rows would take seconds.
+_COUNTS = 2.0 ** np.linspace(0, 20, 81, dtype=np.float32)
 
 
 def share_above(tau: ArrayLike, dof: ArrayLike, count: ArrayLike = 1.0) -> jax.Array:
@@ -31,7 +34,14 @@ def share_above(tau: ArrayLike, dof: ArrayLike, count: ArrayLike = 1.0) -> jax.A
 
 
 def threshold_for(share: ArrayLike, dof: ArrayLike, count: ArrayLike = 1.0) -> jax.Array:
-    """The tau with `share_above(tau, dof, count) == share`, elementwise, by bisection of its logarithm."""
+    """The tau with `share_above(tau, dof, count) == share`, elementwise, by bisection of its logarithm.
+
+    For more counts than `_COUNTS` holds, at one share and dof, it is interpolated between those.
+    """
+    if max(jnp.size(share), jnp.size(dof)) == 1 and jnp.size(count) > _COUNTS.size:
+        taus = threshold_for(jnp.reshape(share, ()), jnp.reshape(dof, ()), _COUNTS)
+        between = jnp.interp(jnp.log2(jnp.asarray(count, jnp.float32)), np.log2(_COUNTS), taus)
+        return jnp.where(jnp.isfinite(taus[0]), between, taus[0])
     share, dof, count = jnp.broadcast_arrays(*(jnp.asarray(x, jnp.float32) for x in (share, dof, count)))
 
     def halve(_, bracket):

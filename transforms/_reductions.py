@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 
 class Pooled(NamedTuple):
@@ -19,7 +20,8 @@ class Pooled(NamedTuple):
     Attributes:
       signal: mean of m̂² over the block.
       noise: mean of the noise over the block, in the same unit.
-      num_together: independent coordinates that the block is worth, (Σ noise)² / Σ noise².
+      num_together: independent coordinates that the block is worth, (Σ noise)² / Σ noise² of the estimates; the gate
+        corrects it for their degrees of freedom.
     """
 
     signal: jax.Array
@@ -119,6 +121,15 @@ class ByLabel:
 
         pooled = {name: of_label(indices) for name, indices in members.items()}
         return jax.tree.unflatten(treedef, [pooled[name] for name in names])
+
+
+def debiased(num_together: ArrayLike, dof: ArrayLike) -> jax.Array:
+    """`Pooled.num_together` without the unevenness that comes of estimating each noise with a few degrees of freedom.
+
+    E (Σ ŝ)² = (Σ σ²)² + 2/dof Σ σ⁴ and E Σ ŝ² = (1 + 2/dof) Σ σ⁴.
+    """
+    num_together = jnp.asarray(num_together)
+    return num_together + (num_together - 1) * 2 / jnp.maximum(jnp.asarray(dof, num_together.dtype), 1)
 
 
 def _block(signal: jax.Array, noise: jax.Array, axes: tuple[int, ...]) -> Pooled:

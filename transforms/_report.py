@@ -159,9 +159,9 @@ def gate_report(state: Any) -> GateReport:
         raise ValueError("The gate has not taken a step yet: there is nothing to report.")
     rows = []
     for gate in gates:
-        leaves = jax.tree.leaves_with_path(gate.summary, is_leaf=lambda x: isinstance(x, LeafSummary))
         rows += [
-            (jax.tree_util.keystr(path, simple=True, separator="."), jax.device_get(leaf)) for path, leaf in leaves
+            (jax.tree_util.keystr(path, simple=True, separator="."), LeafSummary(*jax.device_get(leaf)))
+            for path, leaf in jax.tree.leaves_with_path(gate.summary)
         ]
     layers = tuple(_layer(name or "parameters", [leaf]) for name, leaf in rows)
     total = _layer("all", [leaf for _, leaf in rows])

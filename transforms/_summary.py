@@ -19,7 +19,7 @@ from transforms._thresholds import Level
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a gate's state keeps for `gate_report`: twelve scalars a leaf.
+    """What a gate's state keeps for `gate_report`: twelve numbers a leaf.
 
     Args:
       sample: coordinates of each leaf, evenly spread, that they are taken from, >= 1; larger leaves are extrapolated.
@@ -74,7 +74,7 @@ class Sample(NamedTuple):
 
 
 class LeafSummary(NamedTuple):
-    """Scalars of one leaf at one step.
+    """Scalars of one leaf at one step. A gate's state holds them packed in one array: `LeafSummary(*array)`.
 
     Attributes:
       size: coordinates.
@@ -94,33 +94,38 @@ class LeafSummary(NamedTuple):
       num_together: independent coordinates a block is worth, averaged over the leaf's blocks.
     """
 
-    size: jax.Array
-    num_open: jax.Array
-    sum_openness: jax.Array
-    decrease: jax.Array
-    ungated_decrease: jax.Array
-    step_decrease: jax.Array
-    ungated_step_decrease: jax.Array
-    squared_norm: jax.Array
-    ungated_squared_norm: jax.Array
-    noise_boundary: jax.Array
-    dof: jax.Array
-    num_together: jax.Array
+    size: ArrayLike
+    num_open: ArrayLike
+    sum_openness: ArrayLike
+    decrease: ArrayLike
+    ungated_decrease: ArrayLike
+    step_decrease: ArrayLike
+    ungated_step_decrease: ArrayLike
+    squared_norm: ArrayLike
+    ungated_squared_norm: ArrayLike
+    noise_boundary: ArrayLike
+    dof: ArrayLike
+    num_together: ArrayLike
 
 
 def no_summary(params: optax.Params) -> Any:
     """A tree like params with a `LeafSummary` of zeros at each leaf: no step was taken yet."""
 
-    def of_leaf(leaf: ArrayLike) -> LeafSummary:
-        zeros = [jnp.zeros([], jnp.float32) for _ in LeafSummary._fields]
-        return LeafSummary(*zeros)._replace(size=jnp.asarray(jnp.size(leaf), jnp.float32))
+    def of_leaf(leaf: ArrayLike) -> jax.Array:
+        zeros = LeafSummary(*(0.0 for _ in LeafSummary._fields))
+        return _packed(zeros._replace(size=jnp.size(leaf)))
 
     return jax.tree.map(of_leaf, params)
 
 
+def _packed(summary: LeafSummary) -> jax.Array:
+    """One array of its scalars: a leaf in a state's tree, where a NamedTuple would not survive `nnx.Optimizer`."""
+    return jnp.stack([jnp.asarray(value, jnp.float32) for value in summary])
+
+
 def summary_of(
     sample: Sample, openness: Callable[[Pooled], jax.Array], level: Level, mask: Mask, moments: Moments
-) -> LeafSummary:
+) -> jax.Array:
     """The summary of one leaf.
 
     q is computed anew on the sample: a second reader of the whole q would make a compiled step store it.
@@ -145,7 +150,7 @@ def summary_of(
         "dof": moments.dof,
         "num_together": jnp.mean(sample.pooled.num_together),
     }
-    return LeafSummary(**{name: jnp.asarray(value, jnp.float32) for name, value in scalars.items()})
+    return _packed(LeafSummary(**scalars))
 
 
 def _noise_boundary(mask: Mask, level: Level, blocks: Pooled, moments: Moments) -> jax.Array:

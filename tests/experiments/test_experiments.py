@@ -13,6 +13,8 @@ from experiments.__main__ import main as experiments
 from experiments._digits import digits
 from experiments.benchmarks.flow import METHODS, FlowBenchmark
 from experiments.benchmarks.flow import main as benchmark_flow
+from experiments.benchmarks.gate import BASE, GateBenchmark
+from experiments.benchmarks.gate import main as benchmark_gate
 from experiments.benchmarks.realized import RealizedBenchmark
 from experiments.benchmarks.realized import main as benchmark_realized
 from experiments.quickstart import PICTURES, Quickstart
@@ -88,6 +90,20 @@ def test_realized_benchmark_measures_every_part_and_resumes(tmp_path):
     assert (tmp_path / "growth.png").stat().st_size > 5_000
     benchmark_realized(settings)
     assert (tmp_path / "results.json").read_text() == first
+
+
+def test_gate_benchmark_measures_every_form(tmp_path, capsys):
+    benchmark_gate(GateBenchmark(smoke=True, out=tmp_path))
+    done = json.loads((tmp_path / "results.json").read_text())
+    assert done["arrays"] == dict(zip(done["arrays"], [2, 3, 2, 4, 4], strict=True))
+    assert list(done["optimizer"]) == ["300", "1000"]
+    for record in (*done["optimizer"].values(), done["training"]):
+        assert record["ratio"][BASE] == 1
+        assert all(len(times) == 2 and min(times) > 0 for times in record["seconds"].values())
+    assert any("moments of every example" in name for name in done["training"]["ratio"])
+    assert "goal" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="without --smoke"):
+        benchmark_gate(GateBenchmark(smoke=True, readme=True))
 
 
 def test_label_noise_corrupts_just_that_share():

@@ -1,8 +1,9 @@
-"""What every optimizer built here must do, whatever its statistic, mask and placement."""
+"""What every optimizer built here must do, whatever its statistic, threshold, mask, reduction and placement."""
 
 import itertools
 import warnings
 
+import equinox as eqx
 import flax.training.train_state
 import jax
 import jax.numpy as jnp
@@ -12,36 +13,91 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from transforms import HardMask, SnrMask, SoftMask, ema_statistic, poprisk_adamw, poprisk_gate
+from transforms import (
+    Alpha,
+    ByLabel,
+    HardMask,
+    OpenShare,
+    PerRow,
+    PerTensor,
+    SnrMask,
+    SoftMask,
+    Summary,
+    TStatistic,
+    adam_moments_statistic,
+    adam_statistic,
+    algorithm_1,
+    batch_statistic,
+    ema_statistic,
+    poprisk_adamw,
+    poprisk_gate,
+    popriskmin,
+    snr_grad,
+)
 
 PARAMS = {"w": np.array([[1.0, -2.0], [0.5, 3.0]], np.float32), "b": np.array(0.3, np.float32)}
-STATISTICS = {
-    "default": ema_statistic(),
-    "other": ema_statistic(b1=0.5, rho=0.8, state_dtype=jnp.bfloat16),
-}
-MASKS = {
-    "hard": HardMask(alpha=0.5),
-    "soft": SoftMask(alpha=0.1, lam=0.5, eps=1e-6),
-    "snr": SnrMask(alpha=0.5, lam=2.0, eps=1e-6),
-}
 PLACEMENTS = {
-    "gradient": lambda statistic, mask: optax.chain(poprisk_gate(statistic=statistic, mask=mask), optax.adam(0.1)),
-    "step": lambda statistic, mask: poprisk_gate(optax.adam(0.1), statistic=statistic, mask=mask),
+    "gradient": lambda **options: optax.chain(poprisk_gate(**options), optax.adam(0.1)),
+    "step": lambda **options: poprisk_gate(optax.adam(0.1), **options),
+    "adamw": lambda **options: poprisk_adamw(0.1, weight_decay=0.1, **options),
 }
-COMBINATIONS = [*itertools.product(PLACEMENTS, ["default"], MASKS), *itertools.product(PLACEMENTS, ["other"], ["snr"])]
-OPTIMIZERS = {
-    f"{placement}, {statistic}, {mask}": PLACEMENTS[placement](STATISTICS[statistic], MASKS[mask])
-    for placement, statistic, mask in COMBINATIONS
+STATISTICS = {
+    "ema": ema_statistic(),
+    "ema, bfloat16": ema_statistic(b1=0.5, rho=0.8, data_noise=0.01, state_dtype=jnp.bfloat16),
+    "batch": batch_statistic(),
+    "batch, b1": batch_statistic(b1=0.5),
 }
-OPTIMIZERS |= {f"adamw, {mask}": poprisk_adamw(0.1, weight_decay=0.1, mask=MASKS[mask]) for mask in MASKS}
-OPTIMIZERS |= {"adamw, state_dtype": poprisk_adamw(0.1, mu_dtype=jnp.bfloat16, state_dtype=jnp.bfloat16)}
+ADAM_STATISTICS = {
+    "adam": adam_statistic(),
+    "adam, bfloat16": adam_statistic(state_dtype=jnp.bfloat16),
+    "adam moments": adam_moments_statistic(),
+}
+THRESHOLDS = {"alpha": Alpha(0.1), "t": TStatistic(optax.linear_schedule(0.5, 1.5, 3)), "share": OpenShare(0.4)}
+MASKS = {"hard": HardMask(), "soft": SoftMask(lam=0.5, eps=1e-6), "snr": SnrMask(lam=2.0, eps=1e-6)}
+COMBINATIONS = [
+    *itertools.product(("gradient", "step"), STATISTICS, THRESHOLDS, MASKS),
+    *itertools.product(("adamw",), STATISTICS | ADAM_STATISTICS, THRESHOLDS, MASKS),
+]
 
-each_optimizer = pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+
+def build(placement, statistic, threshold, mask, **options):
+    statistic = (STATISTICS | ADAM_STATISTICS)[statistic]
+    return PLACEMENTS[placement](statistic=statistic, threshold=THRESHOLDS[threshold], mask=MASKS[mask], **options)
+
+
+def optimizer(placement, statistic, threshold, mask, **options):
+    name = ", ".join([placement, statistic, threshold, mask, *(type(o).__name__ for o in options.values())])
+    return pytest.param(build(placement, statistic, threshold, mask, **options), id=name)
+
+
+each_optimizer = pytest.mark.parametrize(
+    "tx",
+    [
+        optimizer("gradient", "ema", "t", "snr"),
+        optimizer("gradient", "batch", "alpha", "hard", reduction=PerTensor()),
+        optimizer("gradient", "ema, bfloat16", "share", "soft", reduction=PerRow()),
+        optimizer("step", "ema", "share", "hard", summary=Summary(of_step=True)),
+        optimizer("step", "batch, b1", "t", "soft", reduction=ByLabel("all")),
+        optimizer("step", "ema, bfloat16", "alpha", "snr", summary=None),
+        optimizer("adamw", "adam", "t", "snr"),
+        optimizer("adamw", "adam, bfloat16", "share", "snr", reduction=PerTensor()),
+        optimizer("adamw", "adam moments", "share", "soft"),
+        optimizer("adamw", "batch", "t", "snr"),
+        optimizer("adamw", "ema", "alpha", "hard", warmup=jnp.array(1), floor=jnp.array(0.1)),
+        pytest.param(algorithm_1(0.1, summary=None), id="algorithm_1"),
+        pytest.param(popriskmin(0.1, reduction=PerTensor(), summary=None), id="popriskmin"),
+        pytest.param(snr_grad(0.1, summary=None), id="snr_grad"),
+    ],
+)
 # Wrappers see the state as an opaque tree, so one statistic and mask a placement is enough for them.
 each_placement = pytest.mark.parametrize(
     "tx",
-    [OPTIMIZERS["gradient, default, soft"], OPTIMIZERS["step, default, snr"], OPTIMIZERS["adamw, soft"]],
-    ids=["gradient", "step", "adamw"],
+    [
+        optimizer("gradient", "ema", "alpha", "soft"),
+        optimizer("step", "ema", "t", "snr"),
+        optimizer("adamw", "adam", "t", "soft"),
+        optimizer("adamw", "batch, b1", "t", "snr"),
+    ],
 )
 
 
@@ -58,12 +114,17 @@ def steps(gradients):
     return [jax.tree.map(lambda g: g[t], gradients) for t in range(num_steps)]  # noqa: B023
 
 
-def train(tx, gradients, params=PARAMS, state=None, **extra_args):
+def moments_of(gradient):
+    """What `batch_statistic` needs; every other optimizer has to accept, and ignore, extra arguments."""
+    return {"sum_sq_diff_grads": jax.tree.map(lambda g: 3 + g**2, gradient), "sample_size": jnp.array(4)}
+
+
+def train(tx, gradients, params=PARAMS, state=None):
     """A plain loop: final parameters and state."""
     state = tx.init(params) if state is None else state
     update = jax.jit(tx.update)
     for gradient in steps(gradients):
-        updates, state = update(gradient, state, params, **extra_args)
+        updates, state = update(gradient, state, params, **moments_of(gradient))
         params = optax.apply_updates(params, updates)
     return params, state
 
@@ -82,31 +143,60 @@ def avals(tree):
     return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x), jax.typeof(x).weak_type), tree)
 
 
-@pytest.mark.parametrize("neutral", [SnrMask(lam=0.0, eps=0.0), SoftMask(alpha=0.0, lam=0.0, eps=0.0)])
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize(
-    ("make", "inner"),
-    [
-        (lambda mask: optax.chain(poprisk_gate(mask=mask), optax.adam(0.1)), optax.adam(0.1)),
-        (lambda mask: poprisk_gate(optax.adamw(0.1, weight_decay=0.3), mask=mask), optax.adamw(0.1, weight_decay=0.3)),
-        (lambda mask: poprisk_adamw(0.1, weight_decay=0.3, mask=mask), optax.adamw(0.1, weight_decay=0.3)),
-        (lambda mask: poprisk_gate(optax.lamb(0.1), mask=mask), optax.lamb(0.1)),
-    ],
-    ids=["gradient", "step", "poprisk_adamw", "not elementwise"],
-)
-def test_a_neutral_gate_is_its_inner_optimizer(neutral, make, inner, jit):
+NEUTRAL = {
+    "snr": {"mask": SnrMask(lam=0.0)},
+    "soft": {"mask": SoftMask(lam=0.0), "threshold": TStatistic(0.0)},
+    "floor": {"floor": 1.0, "mask": HardMask()},
+    "warmup": {"warmup": 9, "mask": HardMask()},
+}
+PLAIN = {
+    "gradient": (PLACEMENTS["gradient"], optax.adam(0.1)),
+    "step": (
+        lambda **options: poprisk_gate(optax.adamw(0.1, weight_decay=0.3), **options),
+        optax.adamw(0.1, weight_decay=0.3),
+    ),
+    "poprisk_adamw": (
+        lambda **options: poprisk_adamw(0.1, weight_decay=0.3, **options),
+        optax.adamw(0.1, weight_decay=0.3),
+    ),
+    "adam moments": (
+        lambda **options: poprisk_adamw(0.1, statistic=adam_moments_statistic(), **options),
+        optax.adamw(0.1),
+    ),
+    "batch": (lambda **options: poprisk_gate(optax.sgd(0.1), statistic=batch_statistic(), **options), optax.sgd(0.1)),
+    "not elementwise": (lambda **options: poprisk_gate(optax.lamb(0.1), **options), optax.lamb(0.1)),
+}
+
+
+@pytest.mark.parametrize("neutral", NEUTRAL.values(), ids=NEUTRAL)
+@pytest.mark.parametrize(("make", "inner"), PLAIN.values(), ids=PLAIN)
+def test_a_neutral_gate_is_its_inner_optimizer(neutral, make, inner):
     # A coordinate without any gradient still decays: the neutral gate must not shut it.
     gradients = gradients_of(3) | {"b": jnp.zeros(3)}
-    gated, plain = make(neutral), inner
-    gated_update, plain_update = (jax.jit(tx.update) if jit else tx.update for tx in (gated, plain))
-    gated_state, plain_state = gated.init(PARAMS), plain.init(PARAMS)
+    gated = make(summary=None, **neutral)
+    gated_state, plain_state = gated.init(PARAMS), inner.init(PARAMS)
     for gradient in steps(gradients):
-        ours, gated_state = gated_update(gradient, gated_state, PARAMS)
-        theirs, plain_state = plain_update(gradient, plain_state, PARAMS)
-        if jit:  # Fusion may round differently.
-            assert_close(ours, theirs, rtol=1e-6)
-        else:
-            jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+        ours, gated_state = gated.update(gradient, gated_state, PARAMS, **moments_of(gradient))
+        theirs, plain_state = inner.update(gradient, plain_state, PARAMS)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize(("make", "inner"), PLAIN.values(), ids=PLAIN)
+def test_a_compiled_neutral_gate_is_its_inner_optimizer_to_rounding(make, inner):
+    gradients = gradients_of(3)
+    assert_close(train(make(mask=SnrMask(lam=0.0)), gradients)[0], train(inner, gradients)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("placement", "statistic"), sorted({c[:2] for c in COMBINATIONS}))
+@pytest.mark.parametrize("x64", [False, True])
+def test_every_combination_keeps_shapes_dtypes_and_weak_types(placement, statistic, x64):
+    with jax.enable_x64(x64):
+        for threshold, mask in itertools.product(THRESHOLDS, MASKS):
+            tx = build(placement, statistic, threshold, mask, summary=None)
+            state = tx.init(PARAMS)
+            updates, new_state = jax.eval_shape(tx.update, PARAMS, state, PARAMS, **moments_of(PARAMS))
+            assert avals(new_state) == avals(state)
+            assert avals(updates) == avals(PARAMS)
 
 
 @each_optimizer
@@ -116,7 +206,7 @@ def test_shapes_dtypes_and_weak_types_are_stable(tx, dtype, x64):
     with jax.enable_x64(x64):
         params = jax.tree.map(lambda p: jnp.asarray(p, dtype), PARAMS)
         state = tx.init(params)
-        updates, new_state = jax.eval_shape(tx.update, params, state, params)
+        updates, new_state = jax.eval_shape(tx.update, params, state, params, **moments_of(params))
         assert avals(new_state) == avals(state)
         assert avals(updates) == avals(params)
 
@@ -129,7 +219,7 @@ def test_a_jitted_loop_compiles_once_and_equals_scan_and_eager(tx):
     def step(carry, gradient, **extra_args):
         traces.append(None)
         params, state = carry
-        updates, state = tx.update(gradient, state, params, **extra_args)
+        updates, state = tx.update(gradient, state, params, **moments_of(gradient), **extra_args)
         return (optax.apply_updates(params, updates), state), None
 
     jitted = jax.jit(step)
@@ -156,7 +246,7 @@ def test_extra_arguments_and_params_reach_inner_and_statistic(name):
         return jax.tree.map(lambda u, p: u * extra_args[name] + p, updates, params), state
 
     inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-    tx = poprisk_gate(inner, mask=SnrMask(lam=0.0, eps=0.0))
+    tx = poprisk_gate(inner, mask=SnrMask(lam=0.0))
     updates, _ = tx.update(jnp.array(2.0), tx.init(jnp.array(1.0)), jnp.array(1.0), **{name: 10.0})
     assert updates == 21.0
 
@@ -169,7 +259,7 @@ def test_vmap_equals_a_loop_over_runs(tx):
     def run(gradients):
         def step(carry, gradient):
             params, state = carry
-            updates, state = tx.update(gradient, state, params)
+            updates, state = tx.update(gradient, state, params, **moments_of(gradient))
             return (optax.apply_updates(params, updates), state), None
 
         return jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), gradients)[0][0]
@@ -183,7 +273,7 @@ def test_the_state_can_be_donated(tx):
     state = tx.init(PARAMS)
     step = jax.jit(tx.update, donate_argnums=1)
     for gradient in steps(gradients_of(2)):
-        _, state = step(gradient, state, PARAMS)
+        _, state = step(gradient, state, PARAMS, **moments_of(gradient))
 
 
 @each_placement
@@ -197,7 +287,7 @@ def test_half_precision_parameters_follow_single_precision(tx):
 def test_a_wider_state_dtype_sets_the_precision_of_the_statistic():
     with jax.enable_x64(True), warnings.catch_warnings():
         warnings.simplefilter("error")  # A cap of float64 squares cast to float32 would overflow.
-        tx = poprisk_adamw(0.1, state_dtype=jnp.float64)
+        tx = poprisk_adamw(0.1, statistic=ema_statistic(state_dtype=jnp.float64))
         gradient = jnp.full(1, 1 / 3, jnp.float32)
         _, state = tx.update(gradient, tx.init(gradient), gradient)
         variance = state[0].statistic_state.variance
@@ -208,7 +298,8 @@ def test_a_wider_state_dtype_sets_the_precision_of_the_statistic():
 @each_placement
 def test_masked(tx):
     gradients = gradients_of(3)
-    params, _ = train(optax.masked(tx, {"w": True, "b": False}), gradients)
+    masked = optax.masked(tx, {"w": True, "b": False}, mask_compatible_extra_args=True)
+    params, _ = train(masked, gradients)
     alone, _ = train(tx, gradients["w"], PARAMS["w"])
     assert_close(params["w"], alone)
     np.testing.assert_allclose(params["b"], PARAMS["b"] + gradients["b"].sum(), rtol=1e-5)
@@ -219,54 +310,88 @@ def test_partition(tx):
     gradients = gradients_of(3)
     # The label "unused" makes a gate over an empty tree.
     transforms = {"gated": tx, "plain": optax.sgd(0.1), "unused": tx}
-    params, _ = train(optax.multi_transform(transforms, {"w": "gated", "b": "plain"}), gradients)
+    labels = {"w": "gated", "b": "plain"}
+    params, _ = train(optax.partition(transforms, labels, mask_compatible_extra_args=True), gradients)
     assert_close(params["w"], train(tx, gradients["w"], PARAMS["w"])[0])
     assert_close(params["b"], train(optax.sgd(0.1), gradients["b"], PARAMS["b"])[0])
 
 
-@each_placement
-def test_multi_steps_sees_accumulated_gradients(tx):
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_multi_steps_sees_accumulated_gradients(placement):
+    tx = PLACEMENTS[placement](mask=HardMask())
     gradients = gradients_of(4)
     means = jax.tree.map(lambda g: g.reshape(2, 2, *g.shape[1:]).mean(axis=1), gradients)
     accumulated, _ = train(optax.MultiSteps(tx, every_k_schedule=2).gradient_transformation(), gradients)
     assert_close(accumulated, train(tx, means)[0], rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda learning_rate, alpha: poprisk_adamw(learning_rate, mask=SnrMask(alpha=alpha)),
-        lambda learning_rate, alpha: poprisk_gate(optax.adam(learning_rate), mask=HardMask(alpha=alpha)),
-        lambda learning_rate, alpha: poprisk_gate(optax.adam(learning_rate), statistic=ema_statistic(rho=alpha)),
-    ],
-    ids=["poprisk_adamw", "mask", "statistic"],
-)
-def test_injected_hyperparameters_change_without_recompiling(build):
-    tx = optax.inject_hyperparams(build)(learning_rate=0.1, alpha=0.1)
+SWEEPS = {
+    "threshold": (TStatistic, lambda z: {"threshold": TStatistic(z)}),
+    "share": (OpenShare, lambda share: {"threshold": OpenShare(share)}),
+    "alpha": (Alpha, lambda alpha: {"threshold": Alpha(alpha)}),
+    "mask": (lambda lam: SnrMask(lam=lam), lambda lam: {"mask": SnrMask(lam=lam)}),
+    "floor": (None, lambda floor: {"floor": floor}),
+    "warmup": (None, lambda warmup: {"warmup": 10 * warmup}),
+    "b1": (None, lambda b1: {"statistic": ema_statistic(b1=b1)}),
+    "data_noise": (None, lambda data_noise: {"statistic": ema_statistic(data_noise=data_noise)}),
+    "batch b1": (None, lambda b1: {"statistic": batch_statistic(b1=b1)}),
+}
+
+
+@pytest.mark.parametrize("options_of", [options for _, options in SWEEPS.values()], ids=SWEEPS)
+def test_injected_hyperparameters_change_without_recompiling(options_of):
+    def make(knob):
+        return poprisk_gate(optax.sgd(1.0), summary=None, **options_of(knob))
+
+    tx = optax.inject_hyperparams(make)(knob=0.1)
     traces = []
 
     @jax.jit
     def step(gradient, state):
         traces.append(None)
-        return tx.update(gradient, state, PARAMS)
+        return tx.update(gradient, state, PARAMS, **moments_of(gradient))
 
-    *early, last = steps(gradients_of(4, seed=3))
-    states = {alpha: tx.init(PARAMS) for alpha in (0.1, 0.9)}
-    outcomes = {}
-    for alpha, state in states.items():
+    gradients = steps(gradients_of(4, seed=3))
+    outcomes = []
+    for knob in (0.1, 0.9):
+        state = tx.init(PARAMS)
         # A strong type from the first step on, as inject_hyperparams itself keeps it.
-        state.hyperparams["alpha"] = jnp.asarray(alpha, state.hyperparams["alpha"].dtype)
-        for gradient in early:
-            _, state = step(gradient, state)
-        outcomes[alpha], _ = step(last, state)
+        state.hyperparams["knob"] = jnp.asarray(knob, state.hyperparams["knob"].dtype)
+        for gradient in gradients:
+            updates, state = step(gradient, state)
+        outcomes.append(updates)
 
-        plain = build(0.1, alpha)
-        state = plain.init(PARAMS)
-        for gradient in early:
-            _, state = plain.update(gradient, state, PARAMS)
-        assert_close(outcomes[alpha], plain.update(last, state, PARAMS)[0], rtol=1e-4)
+        plain, start = jax.jit(make(knob).update), make(knob).init(PARAMS)
+        for gradient in gradients:
+            expected, start = plain(gradient, start, PARAMS, **moments_of(gradient))
+        assert_close(updates, expected, rtol=1e-4)
     assert len(traces) == 1
-    assert differ(outcomes[0.1], outcomes[0.9])
+    assert differ(*outcomes)
+
+
+@pytest.mark.parametrize("name", ["threshold", "share", "alpha", "mask"])
+def test_objects_are_arguments_of_jit_and_swept_by_vmap(name):
+    make_object, _ = SWEEPS[name]
+    keyword = "mask" if name == "mask" else "threshold"
+    gradients = gradients_of(3)
+    traces = []
+
+    def run(thing):
+        traces.append(None)
+        tx = poprisk_gate(**{keyword: thing}, summary=None)
+
+        def step(state, gradient):
+            updates, state = tx.update(gradient, state)
+            return state, updates
+
+        return jax.lax.scan(step, tx.init(PARAMS), gradients)[1]
+
+    jitted, values = jax.jit(run), (0.2, 0.8)
+    apart = [jitted(make_object(value)) for value in values]
+    assert len(traces) == 1
+    assert differ(*apart)
+    swept = jax.vmap(run)(jax.vmap(make_object)(jnp.array(values)))
+    assert_close(swept, jax.tree.map(lambda *leaves: jnp.stack(leaves), *apart), rtol=1e-4)
 
 
 def test_inject_hyperparams_takes_poprisk_adamw_itself():
@@ -285,8 +410,9 @@ def test_nan_gradients_do_not_poison_a_state_under_apply_if_finite(tx):
     assert_close(state.inner_state, expected_state)
 
 
-@each_placement
-def test_train_state(tx):
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_train_state(placement):
+    tx = PLACEMENTS[placement]()
     gradients = gradients_of(3)
     state = flax.training.train_state.TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
     step = jax.jit(lambda state, gradient: state.apply_gradients(grads=gradient))
@@ -307,14 +433,15 @@ def test_nnx_optimizer(tx):
 
     @nnx.jit
     def step(model, optimizer, x):
-        optimizer.update(model, nnx.grad(loss)(model, x))
+        gradient = nnx.grad(loss)(model, x)
+        optimizer.update(model, gradient, **moments_of(gradient))
 
     params = jax.tree.map(jnp.copy, params)  # The optimizer updates the model's own arrays in place.
     state = tx.init(params)
     for batch in x:
         step(model, optimizer, batch)
         gradient = jax.grad(lambda p, batch=batch: loss(nnx.merge(graph, p), batch))(params)
-        updates, state = tx.update(gradient, state, params)
+        updates, state = tx.update(gradient, state, params, **moments_of(gradient))
         params = optax.apply_updates(params, updates)
     assert_close(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(params))
 
@@ -332,18 +459,136 @@ def test_state_survives_an_orbax_round_trip(tx, tmp_path):
     assert_close(train(tx, last, params, restored), train(tx, gradients))
 
 
-def test_poprisk_adamw_keeps_one_number_a_parameter_more_than_adamw():
-    def num_numbers(tx):
-        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(tx.init, PARAMS)))
+@each_placement
+def test_equinox(tx):
+    model = eqx.nn.Linear(3, 2, key=jax.random.key(0))
+    x, y = jax.random.normal(jax.random.key(1), (3, 8, 3)), jnp.ones((8, 2))
 
-    size = sum(p.size for p in jax.tree.leaves(PARAMS))
-    assert num_numbers(poprisk_adamw(0.1)) == num_numbers(optax.adamw(0.1)) + size
-    # The stand-alone gate also keeps a mean and a step counter of its own.
-    assert num_numbers(poprisk_gate(optax.adamw(0.1))) == num_numbers(optax.adamw(0.1)) + 2 * size + 1
+    def loss(model, x):
+        return jnp.mean((jax.vmap(model)(x) - y) ** 2)
+
+    @eqx.filter_jit
+    def step(model, state, x):
+        gradient = eqx.filter_grad(loss)(model, x)
+        arrays = eqx.filter(model, eqx.is_inexact_array)
+        updates, state = tx.update(gradient, state, arrays, **moments_of(gradient))
+        return eqx.apply_updates(model, updates), state
+
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    state = tx.init(params)
+    expected_state = state
+    for batch in x:
+        model, state = step(model, state, batch)
+        gradient = jax.grad(lambda p, batch=batch: loss(eqx.combine(p, static), batch))(params)
+        updates, expected_state = jax.jit(tx.update)(gradient, expected_state, params, **moments_of(gradient))
+        params = optax.apply_updates(params, updates)
+    assert_close(jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)), jax.tree.leaves(params), rtol=1e-4)
 
 
-def test_none_leaves_pass_through():
+INNERS = {
+    "sgd": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "lion": lambda: optax.lion(0.1),
+    "muon": lambda: optax.contrib.muon(0.1),
+    "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2),
+}
+
+
+@pytest.mark.parametrize("inner", INNERS.values(), ids=INNERS)
+def test_other_optimizers_inside_take_the_step_that_is_gated(inner):
+    gradients = gradients_of(4)
+    tx, plain = poprisk_gate(inner(), mask=HardMask(), summary=None), inner()
+    statistic = ema_statistic()
+    update, plain_update = jax.jit(tx.update), jax.jit(plain.update)
+    state, plain_state, watched = tx.init(PARAMS), plain.init(PARAMS), statistic.init(PARAMS)
+    seen = set()
+    for gradient in steps(gradients):
+        ours, state = update(gradient, state, PARAMS)
+        theirs, plain_state = plain_update(gradient, plain_state, PARAMS)
+        watched, moments = statistic.update(gradient, watched)
+        q = jax.tree.map(lambda m, s: m**2 > moments.noise_ratio * s, moments.mean, moments.variance)  # noqa: B023
+        assert_close(ours, jax.tree.map(jnp.multiply, q, theirs), rtol=1e-4, atol=1e-6)
+        seen |= {bool(x) for leaf in jax.tree.leaves(q) for x in np.ravel(leaf)}
+    assert seen == {False, True}
+
+
+@pytest.mark.parametrize("placement", ["gradient", "step"])
+def test_schedule_free(placement):
+    gradients = gradients_of(4)
+
+    def schedule_free(base):
+        return optax.contrib.schedule_free(base, 0.1)
+
+    def make(**options):
+        base = optax.sgd(0.1)
+        return optax.chain(poprisk_gate(**options), base) if placement == "gradient" else poprisk_gate(base, **options)
+
+    plain = train(schedule_free(optax.sgd(0.1)), gradients)[0]
+    assert_close(train(schedule_free(make(floor=1.0)), gradients)[0], plain)
+    params, state = train(schedule_free(make()), gradients)
+    assert differ(params, plain)
+    evaluated = optax.contrib.schedule_free_eval_params(state, params)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(evaluated))
+
+
+def arrays_like_the_parameters(tx):
+    state = jax.eval_shape(tx.init, jnp.zeros((7, 11)))
+    return sum(leaf.shape == (7, 11) for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize(
+    ("tx", "inner", "more"),
+    [
+        (poprisk_adamw(0.1), optax.adamw(0.1), 1),
+        (poprisk_adamw(0.1, statistic=adam_moments_statistic()), optax.adamw(0.1), 0),
+        (poprisk_adamw(0.1, statistic=batch_statistic()), optax.adamw(0.1), 0),
+        (poprisk_adamw(0.1, statistic=ema_statistic()), optax.adamw(0.1), 2),
+        (algorithm_1(0.1), optax.adamw(0.1), 1),
+        (poprisk_gate(), optax.identity(), 2),
+        (poprisk_gate(optax.adamw(0.1)), optax.adamw(0.1), 2),
+        (poprisk_gate(statistic=batch_statistic()), optax.identity(), 0),
+        (poprisk_gate(statistic=batch_statistic(b1=0.9)), optax.identity(), 2),
+    ],
+)
+def test_parameter_sized_arrays_in_the_state(tx, inner, more):
+    assert arrays_like_the_parameters(tx) == arrays_like_the_parameters(inner) + more
+
+
+def test_the_rest_of_the_state_is_a_counter_and_a_small_summary():
+    def num_leaves(tx):
+        return len(jax.tree.leaves(jax.eval_shape(tx.init, jnp.zeros((7, 11)))))
+
+    plain = num_leaves(optax.adamw(0.1))
+    assert num_leaves(poprisk_adamw(0.1, summary=None)) == plain + 1 + 1
+    assert num_leaves(poprisk_adamw(0.1)) == plain + 1 + 1 + 1
+
+
+def test_bfloat16_parameters_with_a_float32_state_follow_float32():
+    """A statistic in bfloat16 stands still where its input changes little; in float32 it does not."""
+    gradients = jnp.where(jnp.arange(400)[:, None] % 2 == 0, 1.5, 0.5).astype(jnp.bfloat16) * jnp.ones(3, jnp.bfloat16)
+    spreads = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        statistic = ema_statistic(state_dtype=dtype)
+        step = lambda state, g: (statistic.update(g, state)[0], None)  # noqa: B023, E731
+        state = jax.lax.scan(step, statistic.init(jnp.zeros(3, jnp.bfloat16)), gradients)[0]
+        assert state.mean.dtype == state.variance.dtype == dtype
+        spreads[dtype] = state.variance[0]
+    reference = ema_statistic()
+    step = lambda state, g: (reference.update(g.astype(jnp.float32), state)[0], None)  # noqa: E731
+    expected = jax.lax.scan(step, reference.init(jnp.zeros(3)), gradients)[0].variance[0]
+    np.testing.assert_allclose(spreads[jnp.float32], expected, rtol=1e-5)
+    assert abs(spreads[jnp.bfloat16] - expected) > 0.05 * expected
+
+    tx = poprisk_adamw(0.1, statistic=adam_statistic(state_dtype=jnp.float32), mu_dtype=jnp.float32)
+    halves = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), PARAMS)
+    params, state = train(tx, jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradients_of(3)), halves)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state[0].statistic_state)} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("reduction", [PerTensor(), PerRow(), ByLabel("all")])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_none_leaves_pass_through(placement, reduction):
     params = {"w": PARAMS["w"], "static": None}
-    tx = poprisk_gate(optax.adam(0.1))
-    updates, _ = tx.update(params, tx.init(params), params)
+    tx = PLACEMENTS[placement](reduction=reduction)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
     assert updates["static"] is None
