@@ -177,13 +177,14 @@ def _layer(name: str, leaves: list[LeafSummary]) -> LayerReport:
         return float(sum(np.float64(getattr(leaf, field)) for leaf in leaves))
 
     size = total("size")
-    on_noise = [float(_null.share_above(leaf.noise_boundary, leaf.dof, leaf.num_together)) for leaf in leaves]
+    shares = [_null.share_above(leaf.noise_boundary, leaf.dof, leaf.num_together) for leaf in leaves]
+    open_on_noise = sum(float(share * leaf.size) for share, leaf in zip(shares, leaves, strict=True))
     return LayerReport(
         name=name,
         size=int(size),
         open_fraction=total("num_open") / max(size, 1),
         openness=total("sum_openness") / max(size, 1),
-        noise_open_fraction=sum(n * float(leaf.size) for n, leaf in zip(on_noise, leaves, strict=True)) / max(size, 1),
+        noise_open_fraction=open_on_noise / max(size, 1),
         decrease=total("decrease"),
         ungated_decrease=total("ungated_decrease"),
         step_decrease=total("step_decrease"),
