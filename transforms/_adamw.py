@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from transforms import _validation
 from transforms._adam_statistics import adam_statistic
 from transforms._gate import check_statistic, poprisk_gate
-from transforms._masks import Mask, SnrMask
+from transforms._masks import HardMask, Mask
 from transforms._reductions import PerScalar, Reduction
 from transforms._statistic import Statistic
 from transforms._summary import Summary
@@ -28,7 +28,7 @@ def poprisk_adamw(
     *,
     statistic: Statistic = adam_statistic(),  # noqa: B008 (a pair of pure functions)
     threshold: Threshold = TStatistic(),  # noqa: B008 (frozen)
-    mask: Mask = SnrMask(),  # noqa: B008 (frozen)
+    mask: Mask = HardMask(),  # noqa: B008 (frozen)
     reduction: Reduction = PerScalar(),  # noqa: B008 (frozen)
     warmup: ArrayLike = 0,
     floor: ArrayLike = 0.0,
@@ -68,6 +68,12 @@ def poprisk_adamw(
     Raises:
       ValueError: a number out of the range stated above.
       TypeError: an argument of the wrong kind, or (at `init`) a parameter that is not real floating-point.
+
+    The defaults are the leave-one-out rule (10) on the streaming t-statistic. They were chosen by `python -m
+    experiments gate`, where every optimizer is tuned as hard as AdamW: better where few coordinates matter, no worse
+    with wrong labels on images, where no gate helped. Larger z, or `OpenShare(0.05)`, gains more in the first case and
+    can lose in the second. Where batches are redrawn from n examples, say so,
+    `adam_statistic(data_noise=finite_data_alpha(b, n))`: else the gate takes the training set's own noise for signal.
 
     With a neutral gate, `mask=SnrMask(lam=0)` or `floor=1`, it equals `optax.adamw`.
 
