@@ -89,6 +89,7 @@ def main(settings: Annotated[GateBenchmark, tyro.conf.arg(name="")] = GateBenchm
     for size in sizes:
         few = rounds if size <= 10_000_000 else max(2, rounds // 3)
         done["optimizer"][str(size)] = _optimizer_steps(size, few)
+        write_json(path, done)
         console.print(f"optimizer steps at {size:,} parameters measured")
     done["training"] = _training_steps(rounds, settings.smoke)
     write_json(path, done)
