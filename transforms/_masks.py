@@ -45,7 +45,7 @@ class HardMask:
 
     def openness(self, signal: jax.Array, noise: jax.Array, tau: ArrayLike, /) -> jax.Array:
         """q, with the shape of `signal` and `noise`."""
-        signal, noise = _capped(signal), _capped(noise)
+        signal, noise, tau = _capped(signal), _capped(noise), _finite(tau, noise)
         return (signal > tau * noise).astype(signal.dtype)
 
 
@@ -84,7 +84,7 @@ class SoftMask:
 
     def openness(self, signal: jax.Array, noise: jax.Array, tau: ArrayLike, /) -> jax.Array:
         """q, with the shape of `signal` and `noise`."""
-        signal, noise = _capped(signal), _capped(noise)
+        signal, noise, tau = _capped(signal), _capped(noise), _finite(tau, noise)
         excess = signal - tau * noise
         return _share(jnp.maximum(excess, 0), self.lam * noise + self.eps, otherwise=excess >= 0)
 
@@ -131,13 +131,18 @@ class SnrMask:
 
     def openness(self, signal: jax.Array, noise: jax.Array, tau: ArrayLike, /) -> jax.Array:
         """q, with the shape of `signal` and `noise`."""
-        signal, noise = _capped(signal), _capped(noise)
+        signal, noise, tau = _capped(signal), _capped(noise), _finite(tau, noise)
         return _share(signal, self.lam * _capped(noise * tau) + self.eps, otherwise=True)
 
 
 def _capped(power: jax.Array) -> jax.Array:
     """Keep a mean square so far from overflow that no ratio of two is inf/inf and no multiple 0·inf."""
     return jnp.minimum(power, float(jnp.finfo(power.dtype).max) / 4)
+
+
+def _finite(tau: ArrayLike, noise: jax.Array) -> jax.Array:
+    """A threshold that no value passes (a share of zero) times no noise at all is no threshold, rather than 0·inf."""
+    return jnp.minimum(tau, float(jnp.finfo(noise.dtype).max) / 4)
 
 
 def _share(part: jax.Array, rest: ArrayLike, otherwise: ArrayLike) -> jax.Array:

@@ -166,8 +166,7 @@ def streaming_moments(
     """Bias-corrected averages with what is known of their noise."""
     noise_ratio, dof, overlap = _null_constants(b1, rho, step)
     # At the first step the squared mean is the variance. Rounding must not decide which of two equals is greater.
-    nudge = jnp.where(step == 1, 1 + 1e-5, 1.0)
-    variance = jax.tree.map(lambda v: v * nudge.astype(v.dtype), variance)
+    variance = jax.tree.map(lambda v: v * jnp.where(step == 1, 1 + 32 * jnp.finfo(v.dtype).eps, 1), variance)
     return Moments(mean, variance, noise_ratio + data_noise, dof, overlap)
 
 

@@ -221,7 +221,7 @@ def test_chan_s_formula_against_numpy(sizes):
         means = stacked(lambda leaf: leaf.mean(0))
         spreads = stacked(lambda leaf: ((leaf - leaf.mean(0)) ** 2).sum(0))
         join = jax.vmap(lambda *own: join_moments(*own, axis_name="d"), axis_name="d")
-        joined = join(means, spreads, jnp.array(sizes))
+        joined = jax.tree.map(np.asarray, join(means, spreads, jnp.array(sizes)))
     for d in range(len(sizes)):
         assert joined["sample_size"][d] == sum(sizes)
         for name, leaf in whole.items():

@@ -140,11 +140,12 @@ ALGORITHM_1 = {
     for placement in PLACEMENTS
     for mask in MASKS
 }
+GENERATE = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # smaller examples say no more here
 VALUES = st.floats(-50, 50).map(lambda x: round(x, 3))
 
 
 @pytest.mark.parametrize(("placement", "mask_name"), ALGORITHM_1)
-@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True, phases=GENERATE)
 @hypothesis.given(
     gradients=hypothesis.extra.numpy.arrays(np.float64, (6, 2, 3), elements=VALUES),
     weights=hypothesis.extra.numpy.arrays(np.float64, (2, 3), elements=VALUES),
@@ -153,7 +154,7 @@ def test_updates_equal_a_scalar_transcription_of_algorithm_1(placement, mask_nam
     q_of = functools.partial(MASKS[mask_name][1], tau=0.7)
     tx, expected_of = ALGORITHM_1[placement, mask_name], functools.partial(oracle, placement, q_of)
     ours, expected = updates_and_expected(tx, expected_of, gradients, weights)
-    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-9)
+    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-10)
 
 
 GRADIENTS = np.random.default_rng(0).normal(0.4, 1.0, (8, 5))
@@ -185,7 +186,7 @@ def test_presets_with_their_defaults_equal_a_scalar_transcription(name):
     make, decay, q_of = PRESETS[name]
     expected_of = functools.partial(oracle, "decay outside", q_of, b1=0.9, rho=0.99, decay=decay)
     ours, expected = updates_and_expected(make(LEARNING_RATE, b2=B2, summary=None), expected_of, GRADIENTS, WEIGHTS)
-    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-9)
+    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("mask_name", MASKS)
@@ -196,7 +197,7 @@ def test_presets_with_other_masks_and_alpha(name, mask_name):
     ours, expected = updates_and_expected(
         tx, functools.partial(oracle, "decay outside", lambda m, s: q_of(m, s, 0.3)), GRADIENTS, WEIGHTS
     )
-    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-9)
+    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-10)
 
 
 def test_popriskmin_per_tensor():
@@ -254,7 +255,7 @@ def test_first_step_is_on_the_hard_threshold_hence_shut(b1, rho, jit):
         updates, _ = update(gradients, tx.init(gradients))
         np.testing.assert_array_equal(updates, 0.0)
     _, moments = statistic.update(gradients, statistic.init(gradients))
-    np.testing.assert_array_equal(moments.mean, gradients)
+    np.testing.assert_allclose(moments.mean, gradients, rtol=1e-6)
     np.testing.assert_allclose(moments.variance, gradients**2, rtol=2e-5)
 
 
