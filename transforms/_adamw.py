@@ -92,7 +92,7 @@ def poprisk_adamw(
     ...     updates, state = tx.update(jax.grad(lambda w: jnp.sum(w**2))(params), state, params)
     ...     params = optax.apply_updates(params, updates)
     >>> [f"{w:.2f}" for w in params]
-    ['0.80', '-1.80']
+    ['0.80', '-1.79']
 
     Every number is injectable; a schedule inside the gate's objects needs nothing:
 

@@ -116,7 +116,7 @@ def gate_audit(
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
     >>> x = rng.normal(size=(400, 50)).astype(np.float32)
-    >>> y = 0.3 * x[:, 0] + rng.normal(size=400).astype(np.float32)  # one coordinate of fifty matters
+    >>> y = x[:, 0] + rng.normal(size=400).astype(np.float32)  # one coordinate of fifty matters
     >>> def loss_fn(w, batch):
     ...     inputs, targets = batch
     ...     return (inputs @ w - targets) ** 2

@@ -71,7 +71,7 @@ GATE_OPTIONS = {
 OPTIONS = {
     poprisk_gate: (poprisk_gate, GATE_OPTIONS),
     poprisk_adamw: (
-        lambda **options: poprisk_adamw(**{"learning_rate": 0.1, "weight_decay": 0.1} | options),
+        lambda **options: poprisk_adamw(**{"learning_rate": 0.1, "weight_decay": 0.1, "mask": SnrMask()} | options),
         {name: value for name, value in GATE_OPTIONS.items() if name != "inner"}
         | {
             "learning_rate": optax.linear_schedule(0.1, 0.0, 5),
@@ -90,11 +90,11 @@ OPTIONS = {
         {"b1": 0.5, "rho": 0.5, "data_noise": 0.5, "state_dtype": jnp.bfloat16},
     ),
     adam_statistic: (
-        lambda **options: poprisk_adamw(0.1, statistic=adam_statistic(**options)),
+        lambda **options: poprisk_adamw(0.1, statistic=adam_statistic(**options), mask=SnrMask()),
         {"rho": 0.5, "data_noise": 0.5, "state_dtype": jnp.bfloat16},
     ),
     adam_moments_statistic: (
-        lambda **options: poprisk_adamw(0.1, statistic=adam_moments_statistic(**options)),
+        lambda **options: poprisk_adamw(0.1, statistic=adam_moments_statistic(**options), mask=SnrMask()),
         {"data_noise": 0.5},
     ),
     batch_statistic: (lambda **options: poprisk_gate(statistic=batch_statistic(**options)), {"b1": 0.5}),

@@ -216,7 +216,8 @@ def test_popriskmin_per_tensor():
 
 
 def test_adam_moments_statistic_is_the_weighted_variance_about_the_weighted_mean():
-    tx = poprisk_adamw(LEARNING_RATE, 0.8, 0.8, EPS, weight_decay=0.0, statistic=adam_moments_statistic(), summary=None)
+    options = {"statistic": adam_moments_statistic(), "mask": SnrMask(), "summary": None}
+    tx = poprisk_adamw(LEARNING_RATE, 0.8, 0.8, EPS, weight_decay=0.0, **options)
     state, params, update = tx.init(jnp.zeros(5)), jnp.zeros(5), jax.jit(tx.update)
     for t in range(1, 9):
         updates, state = update(jnp.asarray(GRADIENTS[t - 1], jnp.float32), state, params)
