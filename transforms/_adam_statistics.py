@@ -70,7 +70,13 @@ def adam_statistic(
     ) -> tuple[AdamStatisticState, Moments]:
         del params, b2, extra_args
         step = jnp.asarray(new_inner_state.count)
-        deviations = jax.tree.map(squared_deviation, grads, inner_state.mu, state.variance)
+        if _validation.is_known_positive(b1):
+            # g - m' = b1 (g - m): with the new m alone, a compiled step need not keep a copy of the old one.
+            means, scale = new_inner_state.mu, 1 / b1**2
+        else:
+            means, scale = inner_state.mu, 1.0
+        squares = jax.tree.map(squared_deviation, grads, means, state.variance)
+        deviations = jax.tree.map(lambda square: square * scale, squares)
         variance, variance_hat = ema(deviations, state.variance, rho, step)
         mean_hat = jax.tree.map(lambda mu: _corrected(mu, b1, step), new_inner_state.mu)
         return AdamStatisticState(variance), streaming_moments(mean_hat, variance_hat, b1, rho, step, data_noise)

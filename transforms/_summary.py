@@ -23,24 +23,29 @@ _RATIOS = 2.0 ** np.linspace(-12, 24, 289, dtype=np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a gate's state keeps for `gate_report`: ten scalars a leaf.
+    """What a gate's state keeps for `gate_report`: twelve scalars a leaf.
 
     Args:
       sample: coordinates of each leaf, evenly spread, that they are taken from, >= 1; larger leaves are extrapolated.
         None takes all of them, which is exact and costs several passes over the leaf.
       every: steps between summaries, >= 1; the first step has one.
 
+      of_step: whether to summarize the step of `inner` too. A compiled optimizer step then has to store the ungated
+        update, which it otherwise need not: up to twice its time on a CPU.
+
     Raises:
-      TypeError, ValueError: not an integer, or below 1.
+      TypeError, ValueError: sample or every not an integer, or below 1.
 
-    Cost: with the defaults a few microseconds a leaf and step. A compiled step also stores the ungated update, which it
-    would otherwise not: about one pass over the parameters.
+    Cost: with the defaults a few microseconds a leaf and step.
 
-    >>> exact = Summary(sample=None, every=1)
+    Source: Litman & Guo, arXiv:2605.01172; equation (9).
+
+    >>> exact = Summary(sample=None, every=1, of_step=True)
     """
 
     sample: int | None = 1024
     every: int = 10
+    of_step: bool = False
 
     def __post_init__(self):
         if self.sample is not None:
@@ -50,13 +55,16 @@ class Summary:
     def take(self, update: jax.Array, mean: jax.Array, variance: jax.Array, pooled: Pooled) -> "Sample":
         """The coordinates of a leaf to be summarized, whose ungated update is `update`."""
 
-        def part(leaf: jax.Array) -> jax.Array:
-            if self.sample is None or update.size <= self.sample or leaf.ndim == 0:
-                return leaf
-            step = math.ceil((update.size / self.sample) ** (1 / update.ndim))
-            return jnp.broadcast_to(leaf, update.shape)[(slice(None, None, step),) * update.ndim]
+        shape, size = mean.shape, mean.size
 
-        return Sample(update.size, part(update), part(mean), part(variance), Pooled(*map(part, pooled)))
+        def part(leaf: jax.Array) -> jax.Array:
+            if self.sample is None or size <= self.sample or leaf.ndim == 0:
+                return leaf
+            step = math.ceil((size / self.sample) ** (1 / len(shape)))
+            return jnp.broadcast_to(leaf, shape)[(slice(None, None, step),) * len(shape)]
+
+        update = part(update) if self.of_step else jnp.full([], jnp.nan, mean.dtype)
+        return Sample(size, update, part(mean), part(variance), Pooled(*map(part, pooled)))
 
 
 class Sample(NamedTuple):
@@ -76,9 +84,13 @@ class LeafSummary(NamedTuple):
       size: coordinates.
       num_open: coordinates with q >= 1/2.
       sum_openness: Σ q.
-      decrease: Σ -q u (m̂ - Var m̂/m̂), the estimated first-order decrease of the population risk by the gated step,
-        equation (9) with M = -q u/m̂, in units of the loss.
+      decrease: Σ q (m̂² - Var m̂), equation (9) with M = diag(q): the estimated first-order decrease of the population
+        risk by the gated gradient step -η q ⊙ m̂, in units of the loss per unit of η.
       ungated_decrease: the same with q = 1.
+      step_decrease: Σ -q u (m̂ - Var m̂/m̂), equation (9) with M = -q u/m̂ for the gated step q ⊙ u of `inner`, in units of
+        the loss. It holds where M does not depend on this batch (Adam with its own m, SGD with the batch's own mean);
+        elsewhere it is an approximation. NaN without `Summary(of_step=True)`, like the next three.
+      ungated_step_decrease: the same with q = 1.
       squared_norm: Σ (q u)², squared length of the gated step.
       ungated_squared_norm: Σ u².
       noise_boundary: the F = t² above which q >= 1/2, as far as the mask tells; averaged over the leaf's blocks.
@@ -91,6 +103,8 @@ class LeafSummary(NamedTuple):
     sum_openness: jax.Array
     decrease: jax.Array
     ungated_decrease: jax.Array
+    step_decrease: jax.Array
+    ungated_step_decrease: jax.Array
     squared_norm: jax.Array
     ungated_squared_norm: jax.Array
     noise_boundary: jax.Array
@@ -117,9 +131,9 @@ def summary_of(
     """
     mean, update = sample.mean, sample.update.astype(sample.mean.dtype)
     q = jnp.broadcast_to(openness(sample.pooled), mean.shape)
-    # (9) for a step -M m̂: M (m̂² - Var m̂), with M = -update/m̂.
     noise = moments.noise_ratio * sample.variance
-    decrease = -update * (mean - noise / jnp.where(mean == 0, jnp.inf, mean))
+    decrease = mean**2 - noise
+    step_decrease = -update * decrease / jnp.where(mean == 0, jnp.inf, mean)
     scale = sample.leaf_size / max(mean.size, 1)
     scalars = {
         "size": sample.leaf_size,
@@ -127,6 +141,8 @@ def summary_of(
         "sum_openness": scale * jnp.sum(q),
         "decrease": scale * jnp.sum(q * decrease),
         "ungated_decrease": scale * jnp.sum(decrease),
+        "step_decrease": scale * jnp.sum(q * step_decrease),
+        "ungated_step_decrease": scale * jnp.sum(step_decrease),
         "squared_norm": scale * jnp.sum((q * update) ** 2),
         "ungated_squared_norm": scale * jnp.sum(update**2),
         "noise_boundary": _noise_boundary(mask, level, sample.pooled, moments),

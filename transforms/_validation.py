@@ -41,6 +41,14 @@ def check_decay(name: str, value: Any) -> None:
     _check_number(name, value, lambda x: (x >= 0) & (x < 1), "in [0, 1)", remedy)
 
 
+def is_known_positive(value: Any) -> bool:
+    """Whether `value` is a positive number rather than a traced one, which may turn out to be zero."""
+    try:
+        return bool(np.all(np.asarray(value) > 0))
+    except jax.errors.TracerArrayConversionError:
+        return False
+
+
 def _check_number(name: str, value: Any, holds: Callable[[np.ndarray], Any], rule: str, remedy: str) -> None:
     try:
         number = np.asarray(value)
