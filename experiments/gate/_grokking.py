@@ -42,14 +42,14 @@ class Grokking:
     embedding: int = 64
     hidden: int = 128
     batch_size: int = 512
-    learning_rates: tuple[float, ...] = (1e-2, 3e-2, 3e-3)
+    learning_rates: tuple[float, ...] = (3e-2, 1e-2, 1e-1, 3e-3)
     weight_decays: tuple[float, ...] = (1.0, 3.0, 0.3)
     search_cap: int = 2000
-    cap: int = 3000
-    every: int = 50
-    num_held_out: int = 1000
+    cap: int = 4000
+    every: int = 10
+    num_held_out: int = 500
     tune_seed: int = 100
-    seeds: tuple[int, ...] = tuple(range(8))
+    seeds: tuple[int, ...] = tuple(range(10))
     b2: float = 0.98
 
     @property

