@@ -1,8 +1,11 @@
 """Grokking: a · b⁻¹ mod 97 from a part of the table; counted are the steps to 95 % accuracy on the rest.
 
-Learning rate and weight decay are searched for each arm over the same grid. As a search run can only lose once it takes
-longer than the arm's best so far, it is stopped there: the choice is the same as without. A run that does not get there
-within the cap counts with the cap, which favours arms that fail.
+Learning rate and weight decay are searched for each arm over the same grid, by the steps of three other seeds together.
+As a search can only lose once it takes longer than the arm's best so far, it is stopped there: the choice is the same
+as without. A run that does not get there within the cap counts with the cap, which favours arms that fail.
+
+The grid is narrow because a first, wider one (learning rates 3e-3 to 1e-1, weight decays 0.3 to 3) found AdamW fastest
+inside of it; at the learning rates usual for this task, 1e-3 and below, every arm is far slower.
 """
 
 from __future__ import annotations
@@ -42,14 +45,14 @@ class Grokking:
     embedding: int = 64
     hidden: int = 128
     batch_size: int = 512
-    learning_rates: tuple[float, ...] = (3e-2, 1e-2, 1e-1, 3e-3)
-    weight_decays: tuple[float, ...] = (1.0, 3.0, 0.3)
-    search_cap: int = 2000
-    cap: int = 4000
+    learning_rates: tuple[float, ...] = (3e-2, 1e-2, 1e-1)
+    weight_decays: tuple[float, ...] = (1.0, 0.5)
+    search_cap: int = 1000
+    cap: int = 2000
     every: int = 10
     num_held_out: int = 500
-    tune_seed: int = 100
-    seeds: tuple[int, ...] = tuple(range(10))
+    tune_seeds: tuple[int, ...] = (100, 101, 102)
+    seeds: tuple[int, ...] = tuple(range(8))
     b2: float = 0.98
 
     @property
@@ -140,14 +143,20 @@ def steps_to_goal(
 def measure(settings: Grokking, arm: Arm, tick: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
     """The arm's best learning rate and weight decay, and its steps with them on the reported seeds."""
     start = time.perf_counter()
-    best, chosen, closest, searched = settings.search_cap, settings.grid[0], 0.0, {}
+    most = settings.search_cap * len(settings.tune_seeds)
+    best, chosen, closest, searched = most, settings.grid[0], -1.0, {}
     for hyper in settings.grid:
-        steps, accuracies = steps_to_goal(settings, arm, hyper, settings.tune_seed, best, tick)
-        searched[f"lr {hyper[0]:g}, wd {hyper[1]:g}"] = {"steps": steps, "accuracy": accuracies[-1]}
-        # Before any has reached the goal, the most accurate one leads.
-        if accuracies[-1] >= GOAL or (closest < GOAL and accuracies[-1] > closest):
-            chosen, closest = hyper, accuracies[-1]
-            best = steps if closest >= GOAL else best
+        total, reached = 0, []
+        for seed in settings.tune_seeds:
+            if total < best:
+                cap = min(settings.search_cap, best - total)
+                steps, accuracies = steps_to_goal(settings, arm, hyper, seed, cap, tick)
+                total += steps
+                reached.append(accuracies[-1])
+        searched[f"lr {hyper[0]:g}, wd {hyper[1]:g}"] = {"steps": total, "accuracy": min(reached)}
+        # While none has taken fewer steps than the cap allows, the most accurate one leads.
+        if total < best or (best == most and min(reached) > closest):
+            chosen, closest, best = hyper, min(reached), min(total, best)
     runs = [steps_to_goal(settings, arm, chosen, seed, settings.cap, tick) for seed in settings.seeds]
     return {
         "learning_rate": chosen[0],

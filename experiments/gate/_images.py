@@ -155,7 +155,7 @@ def images(
 
 def digits_mlp(smoke: bool) -> list[Problem]:
     """64-64-10 on 800 digits, 40 epochs."""
-    plan = TINY if smoke else Plan(1000, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (0.0, 0.3, 1.0, 3.0))
+    plan = TINY if smoke else Plan(1000, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.0, 0.3, 1.0, 3.0), (100, 101))
     noises = NOISES[2:3] if smoke else NOISES
     return images("digits", "mlp", noises, plan, num_train=800, num_validation=300, checkpoints=2 if smoke else 20)
 

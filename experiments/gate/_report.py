@@ -126,18 +126,25 @@ def _audit_cells(entry: dict[str, Any]) -> tuple[str, ...]:
 
 def markdown(results: list[dict[str, Any]]) -> str:
     """README's tables, of the tasks that are measured."""
+    rows = [row for result in results if result["kind"] != "audit" for row in _judged(result)]
     text = ""
-    judged = [result for result in results if result["kind"] != "audit"]
-    if judged:
+    if rows:
         text += (
             "Test metric, lower is better; in brackets the difference from AdamW on the same seeds with its 95 % "
-            "interval (for grokking the factor), **bold** where the interval says better and _italic_ where it says "
-            "worse. Every arm's learning rate and weight decay were searched over the same grid, and every run was "
-            "stopped early, by validation data alone.\n\n"
+            "interval (for grokking the factor); **bold** where the interval says better, _italic_ where it says "
+            "worse. Learning rate and weight decay of every arm were chosen from the same grid by validation data, on "
+            "other seeds, and every run was stopped early where its own validation metric was lowest. Controls of "
+            "grokking are those of the gate before Adam.\n\n"
             f"| problem | seeds | AdamW | {' | '.join(SHOWN.values())} |\n|{'---|' * (3 + len(SHOWN))}\n"
         )
-    for result in judged:
-        text += _grokking_row(result) if result["kind"] == "grokking" else _sweep_rows(result)
+        for name, seeds, plain, cells in rows:
+            shown = [MARKS[cells[arm][0]].format(cells[arm][1]) if arm in cells else "–" for arm in SHOWN]
+            text += f"| {name} | {seeds} | {plain} | {' | '.join(shown)} |\n"
+        counts = []
+        for arm in SHOWN:
+            verdicts = [cells[arm][0] for *_, cells in rows if arm in cells]
+            counts.append(f"{verdicts.count('better')} / {verdicts.count('open')} / {verdicts.count('worse')}")
+        text += f"| problems better / undecided / worse than AdamW | | | {' | '.join(counts)} |\n"
     for result in results:
         if "detection" in result:
             text += _detection_table(result["detection"])
@@ -146,43 +153,36 @@ def markdown(results: list[dict[str, Any]]) -> str:
     return text
 
 
-def _sweep_rows(result: dict[str, Any]) -> str:
-    text = ""
+def _judged(result: dict[str, Any]) -> list[tuple[str, int, str, dict[str, tuple[str, str]]]]:
+    """A task's rows: problem, seeds, AdamW's metric, and of every arm shown its verdict and cell."""
+    if result["kind"] == "grokking":
+        found = compare_steps(result["arms"])
+        cells = {}
+        for arm in SHOWN:
+            one = found.get(GROKKING_SHOWN.get(arm, arm))
+            if one:
+                failed = one["runs"] - one["reached"]
+                factor = f"×{one['factor']:.2f}, {one['factor_low']:.2f} to {one['factor_high']:.2f}"
+                late = f", {failed} not by the cap" if failed else ""
+                cells[arm] = one["verdict"], f"{one['mean']:,.0f} ({factor}{late})"
+        plain = found["adamw"]
+        name = f"{result['title']}: steps to 95 % held-out accuracy, cap {result['settings']['cap']:,}"
+        return [(name, plain["runs"], f"{plain['mean']:,.0f}", cells)]
+    rows = []
     for entry in result["problems"].values():
         found, settings = compare(entry["arms"], "early"), entry["settings"]
-        cells = []
-        for arm in SHOWN:
-            one = found.get(arm)
-            cells.append(
-                "–"
-                if one is None
-                else MARKS[one["verdict"]].format(
-                    f"{number(one['mean'])} ({one['difference']:+.2g} ± {one['difference_half']:.2g})"
-                )
+        cells = {
+            arm: (
+                found[arm]["verdict"],
+                f"{number(found[arm]['mean'])} ({found[arm]['difference']:+.2g} ± {found[arm]['difference_half']:.2g})",
             )
-        plain = found["adamw"]
-        text += (
-            f"| {result['title']}: {settings['title']}; {settings['metric']} | {len(settings['seeds'])} | "
-            f"{number(plain['mean'])} ± {number(plain['half'])} | {' | '.join(cells)} |\n"
-        )
-    return text
-
-
-def _grokking_row(result: dict[str, Any]) -> str:
-    found, cells = compare_steps(result["arms"]), []
-    for arm in SHOWN:
-        one = found.get(GROKKING_SHOWN.get(arm, arm))
-        if one is None:
-            cells.append("–")
-            continue
-        failed = f", {one['runs'] - one['reached']} not by the cap" if one["reached"] < one["runs"] else ""
-        factor = f"×{one['factor']:.2f}, {one['factor_low']:.2f} to {one['factor_high']:.2f}"
-        cells.append(MARKS[one["verdict"]].format(f"{one['mean']:,.0f} ({factor}){failed}"))
-    plain = found["adamw"]
-    return (
-        f"| {result['title']}; steps to 95 % held-out accuracy, cap {result['settings']['cap']:,} (controls: of the "
-        f"gate before Adam) | {plain['runs']} | {plain['mean']:,.0f} | {' | '.join(cells)} |\n"
-    )
+            for arm in SHOWN
+            if arm in found
+        }
+        plain = f"{number(found['adamw']['mean'])} ± {number(found['adamw']['half'])}"
+        name = f"{result['title']}: {settings['title']}; {settings['metric']}"
+        rows.append((name, len(settings["seeds"]), plain, cells))
+    return rows
 
 
 def _detection_table(detection: dict[str, Any]) -> str:

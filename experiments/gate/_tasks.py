@@ -77,6 +77,7 @@ FEW_ARMS = (
     "norm-hard-z2",
     "random-hard-z2",
 )
+TEXT_ARMS = ("adamw", "adamw-linear", "paper", "popriskmin", "hard-z2", "before-snr-a1")
 GROKKING_ARMS = (
     "adamw",
     "before-snr-a1",
@@ -128,13 +129,14 @@ def _grokkings(share: float, names: tuple[str, ...], smoke: bool) -> list[Cell]:
             search_cap=4,
             cap=4,
             every=2,
+            tune_seeds=(100,),
             seeds=(0, 1),
             num_held_out=20,
             embedding=4,
             hidden=4,
             batch_size=8,
         )
-    total = len(settings.grid) * settings.search_cap + len(settings.seeds) * settings.cap
+    total = len(settings.grid) * len(settings.tune_seeds) * settings.search_cap + len(settings.seeds) * settings.cap
     return [
         Cell(name, dataclasses.asdict(settings), partial(_grokking.measure, settings, ARMS[name]), total)
         for name in (SMOKE_ARMS[:2] if smoke else names)
@@ -225,7 +227,7 @@ TASKS: dict[Name, Task] = {
         "Characters of Python's manual, Transformer",
         "the gate lowers the held-out loss",
         "sweep",
-        lambda smoke: _sweeps(text, FEW_ARMS, smoke),
+        lambda smoke: _sweeps(text, TEXT_ARMS, smoke),
         6,
     ),
     "grokking-25": Task(
