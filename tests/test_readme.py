@@ -7,6 +7,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+SMALL_MODEL = """
+import jax
+import jax.numpy as jnp
+import optax
+
+def apply_fn(params, x):
+    return jnp.tanh(x @ params["in"]) @ params["out"]
+
+keys = jax.random.split(jax.random.key(0), 4)
+params = {"in": jax.random.normal(keys[0], (3, 4)), "out": jax.random.normal(keys[1], (4, 1)) / 2}
+x, y = jax.random.normal(keys[2], (130, 3)), jax.random.normal(keys[3], (130, 1))
+"""
 
 
 def test_the_example_runs_as_typed(tmp_path, users_environment):
@@ -40,24 +52,24 @@ x, y = jnp.arange(60.0).reshape(20, 3) / 60, jnp.ones((20, 1))
 
 def test_the_account_of_a_real_run_is_given_as_typed(tmp_path):
     (recorded,) = re.findall(r"## The run you actually did\n.*?```python\n(.*?)```", README, re.DOTALL)
-    model = """
-import jax
-import jax.numpy as jnp
-import optax
-from gramian import squared_loss
-
-def apply_fn(params, x):
-    return jnp.tanh(x @ params["in"]) @ params["out"]
-
-keys = jax.random.split(jax.random.key(0), 4)
-params = {"in": jax.random.normal(keys[0], (3, 4)), "out": jax.random.normal(keys[1], (4, 1)) / 2}
-x, y = jax.random.normal(keys[2], (130, 3)), jax.random.normal(keys[3], (130, 1))
-"""
-    result = subprocess.run([sys.executable, "-c", model + recorded], capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", SMALL_MODEL + "from gramian import squared_loss\n" + recorded],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert result.returncode == 0, result.stderr
     assert "moved by weight decay" in result.stdout
     assert "NO" not in result.stdout
     assert (tmp_path / "run").is_dir()
+
+
+def test_the_gate_is_audited_used_and_reported_as_typed(tmp_path):
+    (gate,) = re.findall(r"## The gate\n.*?```python\n(.*?)```", README, re.DOTALL)
+    result = subprocess.run([sys.executable, "-c", SMALL_MODEL + gate], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for shown in ("gain on unseen examples", "Population-risk gate, step 50", "Population-risk gate, step 1 "):
+        assert shown in result.stdout
 
 
 def test_the_results_table_is_the_one_the_scripts_wrote():

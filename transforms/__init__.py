@@ -14,6 +14,10 @@ from transforms._adam_statistics import (
     adam_statistic,
 )
 from transforms._adamw import poprisk_adamw
+from transforms._audit import (
+    GateAudit,
+    gate_audit,
+)
 from transforms._batch_statistic import (
     BatchStatisticState,
     batch_statistic,
@@ -42,6 +46,11 @@ from transforms._reductions import (
     Pooled,
     Reduction,
 )
+from transforms._report import (
+    GateReport,
+    LayerReport,
+    gate_report,
+)
 from transforms._statistic import (
     EmaStatisticState,
     Moments,
@@ -67,7 +76,10 @@ __all__ = [
     "BatchStatisticState",
     "ByLabel",
     "EmaStatisticState",
+    "GateAudit",
+    "GateReport",
     "HardMask",
+    "LayerReport",
     "LeafSummary",
     "Level",
     "Mask",
@@ -91,6 +103,8 @@ __all__ = [
     "batch_statistic",
     "ema_statistic",
     "finite_data_alpha",
+    "gate_audit",
+    "gate_report",
     "join_moments",
     "poprisk_adamw",
     "poprisk_gate",

@@ -152,7 +152,7 @@ def _corrected(average: jax.Array, decay: ArrayLike, step: jax.Array) -> jax.Arr
 
 def _null_constants(b1: ArrayLike, b2: ArrayLike, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`noise_ratio`, `dof` and `overlap` for m = wᵀg and gᵀA g, A = diag(weights of b2) - w wᵀ, w those of b1."""
-    b1, b2 = jnp.asarray(b1, jnp.float32), jnp.asarray(b2, jnp.float32)
+    b1, b2 = jnp.asarray(b1, float), jnp.asarray(b2, float)
     c = sum_of_squared_weights(b1, step)
     mixed = b1**2 * b2
     cross = (1 - b1) ** 2 * (1 - b2) * (1 - mixed**step) / ((1 - mixed) * (1 - b1**step) ** 2 * (1 - b2**step))

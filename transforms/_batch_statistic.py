@@ -90,7 +90,7 @@ def batch_statistic(b1: ArrayLike | None = None) -> Statistic:
         del params, extra_args
         mean_grads = grads if mean_grads is None else mean_grads
         _check_moments(grads, mean_grads, sum_sq_diff_grads, sample_size)
-        size = jnp.asarray(sample_size, jnp.float32)
+        size = jnp.asarray(sample_size, float)
         scale = jnp.where(size > 1, 1 / (size * jnp.maximum(size - 1, 1)), jnp.inf)
         variances = jax.tree.map(lambda d: _variance(d, scale), sum_sq_diff_grads)
         means = jax.tree.map(lambda g: jnp.asarray(g, compute_dtype(g)), mean_grads)
@@ -100,7 +100,7 @@ def batch_statistic(b1: ArrayLike | None = None) -> Statistic:
         step = jnp.asarray(optax.safe_increment(state.step))
         mean, mean_hat = ema(means, state.mean, b1, step)
         # The raw average of variances has the squared weights, (1 - b1)² b1^(2(t - i)).
-        decay = jnp.asarray(b1, jnp.float32)
+        decay = jnp.asarray(b1, float)
         weight = (1 - decay) / (1 + decay)
         variance, _ = ema(jax.tree.map(lambda v: weight * v, variances), state.variance, decay**2, step)
         c, fourth = sum_of_squared_weights(b1, step), sum_of_squared_weights(decay**2, step)
@@ -144,7 +144,7 @@ def join_moments(
     >>> joined["mean_grads"][0].item(), joined["sum_sq_diff_grads"][0].item(), joined["sample_size"][0].item()
     (2.0, 8.0, 4.0)
     """
-    size = jnp.asarray(sample_size, jnp.float32)
+    size = jnp.asarray(sample_size, float)
     total = jax.lax.psum(size, axis_name)
     mean = jax.tree.map(lambda m: jax.lax.psum((size / total).astype(m.dtype) * m, axis_name), mean_grads)
 

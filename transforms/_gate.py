@@ -133,7 +133,7 @@ def poprisk_gate(
         level = threshold.level(moments, state.step)
         treedef = jax.tree.structure(moments.mean)
         signal = jax.tree.map(jnp.square, moments.mean)
-        noise = jax.tree.map(lambda variance: level.unit * variance, moments.variance)
+        noise = jax.tree.map(lambda variance: (level.unit * variance).astype(variance.dtype), moments.variance)
         pooled = treedef.flatten_up_to(reduction.pool(signal, noise))
 
         def q_of(pooled: Pooled) -> jax.Array:

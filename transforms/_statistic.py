@@ -210,7 +210,7 @@ def ema(values: Any, averages: Any, decay: ArrayLike, step: jax.Array) -> tuple[
 
 def sum_of_squared_weights(decay: ArrayLike, step: ArrayLike) -> jax.Array:
     """Σ w_i² of a bias-corrected moving average after `step` values: Var m̂ in units of one value's variance."""
-    decay = jnp.asarray(decay, jnp.float32)
+    decay = jnp.asarray(decay, float)
     fading = decay**step
     return (1 - decay) / (1 + decay) * (1 + fading) / (1 - fading)
 
@@ -222,7 +222,7 @@ def _null_constants(b1: ArrayLike, rho: ArrayLike, step: jax.Array) -> tuple[jax
     (1 - b1)/(1 + b1) (1 - b1^(2(i - 1))), and along w it is w_i (1 + b1^(2i - 1))/(1 + b1); both are averaged with the
     weights of rho, in closed form.
     """
-    b1, rho = jnp.asarray(b1, jnp.float32), jnp.asarray(rho, jnp.float32)
+    b1, rho = jnp.asarray(b1, float), jnp.asarray(rho, float)
     square, slow, fast = b1**2, rho**step, b1 ** (2 * step)
     # Σ_i rho^(t-i) b1^(2(i-1)) over i = 1 ... t is (rho^t - b1^(2t))/(rho - b1²), or t rho^(t-1) where they meet.
     meets = jnp.abs(rho - square) < 1e-4

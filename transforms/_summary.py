@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -16,9 +15,6 @@ from transforms._masks import Mask
 from transforms._reductions import Pooled
 from transforms._statistic import Moments
 from transforms._thresholds import Level
-
-# Ratios of signal to noise among which a mask's half-open point is looked for, in steps of 9 %.
-_RATIOS = 2.0 ** np.linspace(-12, 24, 289, dtype=np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +45,8 @@ class Summary:
 
     def __post_init__(self):
         if self.sample is not None:
-            _validation.check_positive_integer("sample", self.sample, "None takes every coordinate")
-        _validation.check_positive_integer("every", self.every, "1 summarizes every step")
+            _validation.check_integer_at_least("sample", self.sample, 1, "None takes every coordinate")
+        _validation.check_integer_at_least("every", self.every, 1, "1 summarizes every step")
 
     def take(self, update: jax.Array, mean: jax.Array, variance: jax.Array, pooled: Pooled) -> "Sample":
         """The coordinates of a leaf to be summarized, whose ungated update is `update`."""
@@ -153,11 +149,20 @@ def summary_of(
 
 
 def _noise_boundary(mask: Mask, level: Level, blocks: Pooled, moments: Moments) -> jax.Array:
-    """The least F at which the mask is half open, infinite where it nowhere is."""
+    """The F above which the mask is half open: infinite where it nowhere is, by bisection of a logarithm."""
     tau, noise = jnp.mean(level.tau(blocks.num_together)), jnp.mean(blocks.noise)
     noise = jnp.maximum(noise, jnp.finfo(noise.dtype).tiny)
-    ratios = jnp.asarray(_RATIOS, noise.dtype)
-    q = mask.openness(ratios * noise, jnp.full_like(ratios, noise), tau)
-    t_squared = jnp.min(jnp.where(q >= 0.5, ratios, jnp.inf))
-    t_squared = jnp.where(t_squared <= ratios[0], 0.0, t_squared)
-    return _null.f_value(t_squared, moments.overlap)
+
+    def is_open(log_ratio: jax.Array) -> jax.Array:
+        return mask.openness(jnp.exp(log_ratio) * noise, noise, tau) >= 0.5
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = (low + high) / 2
+        opened = is_open(middle)
+        return jnp.where(opened, low, middle), jnp.where(opened, middle, high)
+
+    start = jnp.full_like(noise, -15.0), jnp.full_like(noise, 15.0)
+    low, high = jax.lax.fori_loop(0, 24, halve, start)
+    ratio = jnp.where(is_open(start[0]), 0.0, jnp.where(is_open(start[1]), jnp.exp((low + high) / 2), jnp.inf))
+    return _null.f_value(ratio * level.unit / moments.noise_ratio, moments.overlap)

@@ -72,14 +72,14 @@ def check_transformation(name: str, value: Any) -> None:
         )
 
 
-def check_positive_integer(name: str, value: Any, remedy: str) -> None:
-    """Raise unless `value` is an integer >= 1."""
+def check_integer_at_least(name: str, value: Any, least: int, remedy: str = "pass a larger one") -> None:
+    """Raise unless `value` is an integer >= least."""
     try:
-        count = operator.index(value)
+        number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer >= 1, got {value!r}: {remedy}.") from None
-    if count < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}: {remedy}.")
+        raise TypeError(f"{name} must be an integer >= {least}, got {value!r}: {remedy}.") from None
+    if number < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}: {remedy}.")
 
 
 def check_method(name: str, value: Any, method: str, examples: str) -> None:
