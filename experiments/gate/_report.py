@@ -253,7 +253,9 @@ def _sweep_figure(result: dict[str, Any]) -> Figure:
         means = [one["mean"] for one in early.values()]
         if min(means) > 0 and max(means) > 2.5 * min(means):
             ax.set_xscale("log")
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(means) < 100 * min(means) else (1,)))
+            ax.xaxis.set_major_locator(
+                LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if max(means) < 12 * min(means) else (1, 2, 5))
+            )
             ax.xaxis.set_major_formatter("{x:g}")
             ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_yticks(
@@ -264,7 +266,7 @@ def _sweep_figure(result: dict[str, Any]) -> Figure:
     if extra:
         _detection_axes(axes[-1], result["detection"])
     figure.suptitle(
-        f"{result['title']}: mean and 95 % interval; filled: stopped early, hollow: at the end; dashed: AdamW",
+        f"{result['title']}\nmean and 95 % interval; filled: stopped early, hollow: at the end; dashed: AdamW",
         x=0.01,
         ha="left",
         fontsize=10,
@@ -342,12 +344,13 @@ def _audit_figure(result: dict[str, Any]) -> Figure:
         ):
             pair = [1e3 * np.asarray(entry["steps"][key]) for key in (predictor, realized)]
             ax.plot(*pair, ".", ms=2, color=color, alpha=0.5, label=label)
-            titles.append(f"{interval([seed[predictor]['correlation'] for seed in entry['seeds']])[0]:.2f}")
+            correlation = interval([seed[predictor]["correlation"] for seed in entry["seeds"]])[0]
+            titles.append(f"{label.split(',')[0]} {correlation:.2f}")
         low, high = np.percentile(pair, [0.2, 99.8])
         ax.plot([low, high], [low, high], color=GREY, lw=0.8)
         margin = 0.1 * (high - low)
         ax.set(xlim=(low - 3 * margin, high + 3 * margin), ylim=(low - margin, high + margin))
-        ax.set_title(f"{name}\ncorrelations {', '.join(titles)}", size=8)
+        ax.set_title(f"{name}\ncorrelation: {', '.join(titles)}", size=8)
     for k, ax in enumerate(axes):
         if k >= len(names) - columns:
             ax.set_xlabel("predicted decrease (10⁻³)")
