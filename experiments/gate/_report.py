@@ -175,7 +175,7 @@ def _judged(result: dict[str, Any]) -> list[tuple[str, int, str, dict[str, tuple
         cells = {
             arm: (
                 found[arm]["verdict"],
-                f"{number(found[arm]['mean'])} ({found[arm]['difference']:+.2g} ± {found[arm]['difference_half']:.2g})",
+                f"{number(found[arm]['mean'])} ({round(found[arm]['difference'], 6):+.2g} ± {found[arm]['difference_half']:.2g})",
             )
             for arm in SHOWN
             if arm in found
@@ -230,7 +230,7 @@ def figure(result: dict[str, Any]) -> Figure:
 def _sweep_figure(result: dict[str, Any]) -> Figure:
     """Each arm's test metric with its interval, stopped early (filled) and at the end (hollow)."""
     problems = list(result["problems"].values())
-    arms = list(dict.fromkeys(arm for entry in problems for arm in entry["arms"]))
+    arms = [arm for arm in ARMS if any(arm in entry["arms"] for entry in problems)]
     extra = "detection" in result
     figure = Figure(
         figsize=(4.2 + 2.9 * (len(problems) + extra), 1.9 + 0.27 * len(arms)), layout="constrained", dpi=110
@@ -253,9 +253,8 @@ def _sweep_figure(result: dict[str, Any]) -> Figure:
         means = [one["mean"] for one in early.values()]
         if min(means) > 0 and max(means) > 2.5 * min(means):
             ax.set_xscale("log")
-            ax.xaxis.set_major_locator(
-                LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if max(means) < 12 * min(means) else (1, 2, 5))
-            )
+            ratio = max(means) / min(means)
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if ratio < 5 else (1, 3)))
             ax.xaxis.set_major_formatter("{x:g}")
             ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_yticks(
@@ -313,6 +312,9 @@ def _grokking_figure(result: dict[str, Any]) -> Figure:
     left.set_yticks(range(len(order)), titles)
     left.set(xscale="log", xlabel="steps to 95 % held-out accuracy", title="Seeds; bars: mean, 95 %; ×: not by the cap")
     left.title.set_size(9)
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    left.xaxis.set_major_formatter("{x:g}")
+    left.xaxis.set_minor_formatter(NullFormatter())
     for arm in [arm for arm in ("adamw", "before-snr-a1", "grokfast", "hard-z2", "paper", "hard-z1") if arm in found]:
         runs = result["arms"][arm]["accuracies"]
         length = max(map(len, runs))

@@ -76,8 +76,6 @@ GROKKING_ARMS = (
     "popriskmin",
     "random-before-snr-a1",
     "norm-before-snr-a1",
-    "before-snr-z1",
-    "around-snr-a1",
 )
 FEW_GROKKING_ARMS = GROKKING_ARMS[:4]
 SMOKE_ARMS = ("adamw", "hard-z1", "exact-hard-z1")
