@@ -175,7 +175,8 @@ def _judged(result: dict[str, Any]) -> list[tuple[str, int, str, dict[str, tuple
         cells = {
             arm: (
                 found[arm]["verdict"],
-                f"{number(found[arm]['mean'])} ({round(found[arm]['difference'], 6):+.2g} ± {found[arm]['difference_half']:.2g})",
+                f"{number(found[arm]['mean'])} "
+                f"({round(found[arm]['difference'], 6):+.2g} ± {found[arm]['difference_half']:.2g})",
             )
             for arm in SHOWN
             if arm in found
