@@ -6,12 +6,14 @@ from experiments.benchmarks.flow import main as benchmark_flow
 from experiments.benchmarks.gate import main as benchmark_gate
 from experiments.benchmarks.ntk import main as benchmark_ntk
 from experiments.benchmarks.realized import main as benchmark_realized
+from experiments.gate import main as gate
 from experiments.quickstart import main as quickstart
 from experiments.realized import main as realized
 
 EXPERIMENTS = {
     "quickstart": quickstart,
     "realized": realized,
+    "gate": gate,
     "benchmark-flow": benchmark_flow,
     "benchmark-gate": benchmark_gate,
     "benchmark-ntk": benchmark_ntk,

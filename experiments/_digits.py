@@ -29,7 +29,7 @@ def digits(num_train: int, num_test: int, *, odd_even: bool, label_noise: float,
       label_noise: share of training labels replaced by another class, exactly this share up to rounding.
       seed: of split and corruption.
     """
-    x, y = load_digits(return_X_y=True)
+    x, y = (np.asarray(part) for part in load_digits(return_X_y=True))
     if num_train < 1 or num_test < 1 or num_train + num_test > len(y):
         raise ValueError(
             f"{num_train} training and {num_test} test points must be positive and at most {len(y)} in all."
