@@ -14,8 +14,10 @@ from rich.text import Text
 from scipy import stats
 
 from transforms import _validation
+from transforms._adam_statistics import adam_statistic
 from transforms._adamw import poprisk_adamw
 from transforms._report import GateReport, Shown, gate_report
+from transforms._thresholds import finite_data_alpha
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -90,7 +92,8 @@ def gate_audit(
       params: pytree of real floating-point arrays.
       data: pytree of arrays with n rows, e.g. `(x, y)`.
       batch_size: examples in a batch, b >= 1, with 2 b <= n/2, so that batches differ.
-      gated: an optimizer with a gate; None for `poprisk_adamw(1e-3, weight_decay=0)`.
+      gated: an optimizer with a gate; None for `poprisk_adamw(1e-3, weight_decay=0)` that knows its batches to be drawn
+        from n/2 examples.
       plain: what it is compared with; None for `optax.adam(1e-3)`.
       unseen: pytree like `data` whose gradient weighs the steps; None takes the other half.
       num_batches: batches fed to the optimizers in each split, >= 2. A streaming statistic needs some tens.
@@ -124,10 +127,6 @@ def gate_audit(
     >>> audit.gain_interval[0] > 0
     True
     """
-    gated = poprisk_adamw(1e-3, weight_decay=0.0) if gated is None else gated
-    plain = optax.adam(1e-3) if plain is None else plain
-    for name, transformation in (("gated", gated), ("plain", plain)):
-        _validation.check_transformation(name, transformation)
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("num_batches", num_batches, 2),
@@ -140,6 +139,12 @@ def gate_audit(
             f"data has {n} examples, too few for batches of {batch_size}: half of them stays unseen, and the other "
             f"half has to hold two batches. Use batch_size <= {n // 4}, or more data."
         )
+    if gated is None:
+        redrawn = finite_data_alpha(batch_size, n // 2)
+        gated = poprisk_adamw(1e-3, weight_decay=0.0, statistic=adam_statistic(data_noise=redrawn))
+    plain = optax.adam(1e-3) if plain is None else plain
+    for name, transformation in (("gated", gated), ("plain", plain)):
+        _validation.check_transformation(name, transformation)
     held_out = data if unseen is None else unseen
     num_unseen = _num_rows("unseen", held_out)
     rng = np.random.default_rng(seed)

@@ -21,7 +21,7 @@ import optax
 
 from entk import gradient_moments
 from experiments.gate._arms import Arm, Hyper, Setting
-from transforms import LeafSummary
+from transforms import LeafSummary, PopriskGateState
 
 DIVERGED = 1e9  # stands for a metric that is not finite: JSON has no infinity
 STOPS = ("early", "end")
@@ -206,8 +206,9 @@ def compiled(learner: Learner, arm: Arm) -> Callable:
 
 def openness(state: Any) -> dict[str, jax.Array]:
     """Mean q of the last step, where the optimizer has a gate."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, LeafSummary))
-    gates = [leaf for leaf in leaves if isinstance(leaf, LeafSummary)]
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, PopriskGateState))
+    summaries = [node.summary for node in nodes if isinstance(node, PopriskGateState)]
+    gates = [LeafSummary(*array) for array in jax.tree.leaves(summaries)]
     if not gates:
         return {}
     return {"open": jnp.stack([one.sum_openness for one in gates]).sum() / sum(one.size for one in gates)}

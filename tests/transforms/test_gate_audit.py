@@ -24,7 +24,7 @@ def sparse(num_signal, noise, n=400, seed=0):
 
 
 def test_a_gate_helps_where_few_coordinates_matter():
-    audit = gate_audit(squared, jnp.zeros(DIMENSION), sparse(2, noise=3.0), batch_size=20)
+    audit = gate_audit(squared, jnp.zeros(DIMENSION), sparse(2, noise=1.0), batch_size=20)
     assert audit.gain_interval[0] > 0.05
     assert "can help" in audit.verdict
     assert audit.gated_slope > audit.plain_slope > 0
