@@ -11,9 +11,8 @@ import numpy as np
 import optax
 from rich.table import Table
 from rich.text import Text
-from scipy import stats
 
-from transforms import _validation
+from transforms import _null, _validation
 from transforms._adam_statistics import adam_statistic
 from transforms._adamw import poprisk_adamw
 from transforms._report import GateReport, Shown, gate_report
@@ -260,7 +259,8 @@ def _signal_to_noise(spread: _Spread, batch_share: float) -> float:
 def _judge(slopes: np.ndarray, signal_to_noise: float, report: GateReport) -> GateAudit:
     plain, gated = slopes.mean(0)
     gains = (slopes[:, 1] - slopes[:, 0]) / plain if plain > 0 else np.full(len(slopes), np.nan)
-    margin = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / math.sqrt(len(gains))
+    quantile = float(_null.threshold_for(0.05, len(gains) - 1)) ** 0.5  # of |t|
+    margin = quantile * gains.std(ddof=1) / math.sqrt(len(gains))
     low, high = gains.mean() - margin, gains.mean() + margin
     if not plain > 0:
         verdict = "The plain step does not lower the loss of unseen examples here: there is nothing to compare with."

@@ -41,10 +41,10 @@ def test_arrows_between_our_packages(package):
         assert imported <= MAY_IMPORT[package] | {package}, path
 
 
-def test_transforms_needs_only_jax_optax_numpy():
+def test_transforms_needs_only_jax_optax_numpy_and_rich_for_its_tables():
     for path, source in sources_of("transforms").items():
         imported = {module.split(".")[0] for module in modules_imported_by(source)}
-        assert imported - sys.stdlib_module_names <= {"transforms", "jax", "optax", "numpy"}, path
+        assert imported - sys.stdlib_module_names <= {"transforms", "jax", "optax", "numpy", "rich"}, path
 
 
 @pytest.mark.parametrize("package", PACKAGES)

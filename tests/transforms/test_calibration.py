@@ -21,6 +21,7 @@ from transforms import (
     OpenShare,
     PerRow,
     PerTensor,
+    SnrMask,
     TStatistic,
     _null,
     adam_moments_statistic,
@@ -399,8 +400,8 @@ def test_z_of_one_opens_just_the_coordinates_that_help_examples_held_out(seed, b
 
 def test_the_statistic_s_own_parts_of_adam_statistic_are_those_of_ema_statistic():
     gradients = stream("gaussian", 2)[:12, :50]
-    adam = poprisk_adamw(1.0, eps=0.0, weight_decay=0.0, statistic=adam_statistic(0.9))
-    gate = poprisk_gate(optax.scale_by_adam(eps=0.0), statistic=ema_statistic(0.9, 0.9))
+    adam = poprisk_adamw(1.0, eps=0.0, weight_decay=0.0, statistic=adam_statistic(0.9), mask=SnrMask())
+    gate = poprisk_gate(optax.scale_by_adam(eps=0.0), statistic=ema_statistic(0.9, 0.9), mask=SnrMask())
     params = jnp.zeros(50)
     adam_state, gate_state = adam.init(params), gate.init(params)
     for gradient in gradients:
