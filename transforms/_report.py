@@ -137,8 +137,9 @@ def gate_report(state: Any) -> GateReport:
     >>> tx = optax.chain(poprisk_gate(mask=HardMask()), optax.adam(1e-3))
     >>> params = {"w": jnp.zeros(500)}
     >>> state = tx.init(params)
+    >>> update = jax.jit(tx.update)
     >>> for key in jax.random.split(jax.random.key(0), 101):
-    ...     _, state = tx.update({"w": jax.random.normal(key, (500,))}, state, params)
+    ...     _, state = update({"w": jax.random.normal(key, (500,))}, state, params)
     >>> report = gate_report(state)
     >>> print(f"{report.total.open_fraction:.2f} open, {report.total.noise_open_fraction:.2f} expected on noise")
     0.33 open, 0.32 expected on noise
