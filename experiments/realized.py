@@ -370,7 +370,8 @@ def _row(summary: dict[str, Any]) -> tuple[str, ...]:
     ours, flow = summary["sides"].values()
     formed, points = summary["formed"]["run"], summary["settings"]["quadrature"]
     bounds = [row["holds"] for one in (summary, formed) for row in one["identities"] if row["name"] == "(I6′)"]
-    cores = summary["machine"]["cores"]
+    cores, seconds = summary["machine"]["cores"], summary["seconds"]
+    took = f"{seconds} s" if seconds else "stopped and resumed,"
     rank, share = summary["effective_ranks"]["motion"], 100 * formed["negative_share"]
     below = f"down to −{share:.2g} % of its largest eigenvalue" if share else "nowhere below zero"
     noise = {
@@ -387,5 +388,5 @@ def _row(summary: dict[str, Any]) -> tuple[str, ...]:
         f"flow at the same training loss {flow['test_loss']:.3g}. Formed: W "
         f"{below}; noise in the channel makes "
         f"{100 * noise['run']:.0f} % of the test motion, of gradient flow's {100 * noise['flow']:.0f} %",
-        f"{summary['seconds'] or '?'} s on {cores} core{'s' * (cores != 1)}",
+        f"{took} on {cores} core{'s' * (cores != 1)}",
     )
