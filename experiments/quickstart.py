@@ -103,7 +103,7 @@ class Problem(NamedTuple):
 def problem(settings: Quickstart) -> Problem:
     """Data, model and losses of these settings."""
     squared, smoke = settings.loss == "squared", settings.smoke
-    dtype = jnp.float32 if settings.float32 else jnp.float64
+    dtype = jnp.dtype("float32" if settings.float32 else "float64")
     num_train = settings.num_train or ((20 if squared else 8) if smoke else (200 if squared else 40))
     num_test = settings.num_test or (30 if smoke else 1500 if squared else 100)
     width = 16 if smoke else settings.width
@@ -118,7 +118,7 @@ def problem(settings: Quickstart) -> Problem:
         return squared_loss(jnp.asarray(2.0 * classes - 1, dtype)) if squared else softmax_cross_entropy(classes)
 
     description = (
-        f"MLP {'-'.join(map(str, sizes))} (p = {num_params(params):,}), {dtype.__name__}, on {num_train} digits with "
+        f"MLP {'-'.join(map(str, sizes))} (p = {num_params(params):,}), {dtype.name}, on {num_train} digits with "
         f"{settings.label_noise:.0%} of the labels corrupted, and {num_test} test points"
     )
     return Problem(

@@ -170,9 +170,9 @@ def _problem(settings: Realized, model: Model, num_train: int, num_test: int) ->
     data = digits(num_train, num_test, odd_even=False, label_noise=settings.label_noise, seed=settings.seed)
     rngs, width = nnx.Rngs(settings.seed), 8 if settings.smoke else settings.width
     if model == "mlp":
-        network = MLP((64, width, width, 10), dtype=jnp.float64, rngs=rngs)
+        network = MLP((64, width, width, 10), dtype=jnp.dtype("float64"), rngs=rngs)
     else:
-        network = CNN((max(1, width // 16), max(1, width // 8)), dtype=jnp.float64, rngs=rngs)
+        network = CNN((max(1, width // 16), max(1, width // 8)), dtype=jnp.dtype("float64"), rngs=rngs)
     graph, params = nnx.split(network)
 
     def apply_fn(params, x):
