@@ -1,5 +1,6 @@
 # `make quickstart` and `make test` need Python >= 3.11, git and make; `make help` lists the rest.
-# Another Python: `PYTHON=python3.12 make test` (after `make clean` when .venv holds a different one).
+# Another Python: `PYTHON=python3.13 make test` (after `make clean` when .venv holds a different one), or both side by
+# side: `PYTHON=python3.13 make test VENV=.venv-3.13`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ test: $(VENV)/test.stamp lint  ## install what the tests need, check style and t
 lint: $(VENV)/test.stamp  ## style and types alone
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 lock: $(BIN)/python  ## renew both lock files
 	$(INSTALL) uv
@@ -28,7 +29,7 @@ lock: $(BIN)/python  ## renew both lock files
 	$(COMPILE) --group build --group experiments --constraint locks/test.txt --output-file locks/quickstart.txt
 
 clean:  ## remove the environment and what tools leave behind
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/%.stamp: locks/%.txt pyproject.toml | $(BIN)/python
 	$(INSTALL) --require-hashes --requirement $<

@@ -11,6 +11,7 @@ fails a test for being slow: the first call compiles.
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 # XLA reads its flags when its backend starts. The fusion emitters take half of all compilation time.
 FAST = ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
@@ -43,6 +44,18 @@ matplotlib.use("Agg")
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_mappings():
+    """Forgets compiled programs before Linux refuses more: each maps memory of its own, and 65,530 maps are the limit.
+
+    Past it the process dies in the next compilation.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 25_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
