@@ -1,5 +1,8 @@
 """`python -m experiments NAME`: runs one experiment; `--help` lists names and settings."""
 
+import io
+import sys
+
 import tyro
 
 from experiments.benchmarks.flow import main as benchmark_flow
@@ -22,6 +25,8 @@ EXPERIMENTS = {
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a log in ASCII or a Windows code page has no Greek letters
+        sys.stdout.reconfigure(errors="replace")
     tyro.extras.subcommand_cli_from_dict(EXPERIMENTS)
 
 

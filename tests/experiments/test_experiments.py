@@ -1,5 +1,6 @@
 """Each experiment runs from end to end on its smallest setting, writes what it promises, and refuses bad settings."""
 
+import io
 import json
 import subprocess
 import sys
@@ -171,3 +172,15 @@ def test_a_misspelt_setting_stops_the_command():
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(_results.__file__).parent.parent)
     assert result.returncode != 0
     assert "widht" in result.stdout + result.stderr
+
+
+def test_tables_are_printed_where_greek_letters_are_missing(monkeypatch):
+    """To a log in ASCII, or a terminal with a Windows code page."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "argv", ["experiments", "--help"])
+    with pytest.raises(SystemExit):
+        experiments()
+    print("Φ(T)")
+    stream.flush()
+    assert stream.buffer.getvalue().endswith(b"?(T)\n")
