@@ -121,8 +121,9 @@ class FactoredModel:
             )
             cotangents, blocks = map_examples(pull, jnp.eye(self.num_outputs, dtype=out.dtype), None)
         blocks = dict(zip(by_autodiff, blocks, strict=True))
+        wide = jnp.promote_types(self.dtype, jnp.float32)
         return [
-            (_join(part.uses, activations, cotangents), _join(part.mirrored, activations, cotangents))
+            tuple(_join(uses, activations, cotangents, wide) for uses in (part.uses, part.mirrored))
             if part.uses
             else blocks[part.leaves[0]].reshape(self.num_outputs, -1)
             for part in self.parts
@@ -142,8 +143,10 @@ class FactoredModel:
         return out, activations
 
 
-def _join(uses: tuple[Use, ...], activations: dict[int, Array], cotangents: dict[int, Array]) -> Factors | None:
-    """The factors of several uses of one leaf, one after the other along the positions."""
+def _join(
+    uses: tuple[Use, ...], activations: dict[int, Array], cotangents: dict[int, Array], wide: jnp.dtype
+) -> Factors | None:
+    """The factors of several uses of one leaf, one after the other along the positions; no wider than the kernel."""
     if not uses:
         return None
     one_hot = any(isinstance(use, Lookup) for use in uses) and not all(isinstance(use, Lookup) for use in uses)
@@ -153,14 +156,18 @@ def _join(uses: tuple[Use, ...], activations: dict[int, Array], cotangents: dict
         if isinstance(use, Lookup) and one_hot:
             activation = jax.nn.one_hot(activation, use.sizes.inputs, dtype=use.dtype)
         if use.view.scale != 1.0:  # of the weight alone: a bias has the cotangent as it is, an index cannot be scaled
-            wide = jnp.promote_types(use.dtype, jnp.float32)  # float16 would overflow where the product does not
             if isinstance(use, Lookup):
                 cotangent = cotangent.astype(wide) * use.view.scale
-            else:
+            else:  # float16 would overflow where the product does not
                 activation = activation.astype(wide) * use.view.scale
-        pulled.append(use.merge_loops(cotangent, 1, 1))
-        seen.append(use.merge_loops(activation, 0, activation.ndim - len(use.loops) - 2))
+        pulled.append(use.merge_loops(_narrowed(cotangent, wide), 1, 1))
+        seen.append(use.merge_loops(_narrowed(activation, wide), 0, activation.ndim - len(use.loops) - 2))
     return Factors(jnp.concatenate(seen, axis=1), jnp.concatenate(pulled, axis=2))
+
+
+def _narrowed(array: Array, wide: jnp.dtype) -> Array:
+    """In float32 at most for a float32 model that computes a product in float64."""
+    return array.astype(wide) if array.dtype.itemsize > wide.itemsize else array
 
 
 def _evaluate(

@@ -295,7 +295,8 @@ def _bias_of(eqn: Any, operands: list[Any], results: dict[Any, tuple[Use, Shape]
     view, shape, dims = (
         (bias.view, bias.shape, bias.dims) if isinstance(bias, Spread) else (bias, bias.shape, range(len(bias.shape)))
     )
-    fits = shape in ((), result)  # a scalar is added to every entry
+    # JAX adds a scalar to every entry, and repeats an axis of one.
+    fits = not shape or all(size in (1, whole) for size, whole in zip(shape, result, strict=True))
     if view.scale != 1.0 or view.stacked or view.order != tuple(range(len(view.order))) or use.total.groups != 1:
         return None
     wide = [dim for dim, size in zip(dims, view.shape, strict=True) if size > 1]
