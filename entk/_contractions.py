@@ -123,6 +123,8 @@ def _outer(factors: Factors, inputs: int) -> Array:
         inside = jnp.where(activation < 0, inputs, activation)  # a negative index would count from the end
         table = empty.at[rows, inside].add(cotangent.transpose(1, 2, 0, 3), mode="drop")
         return table.transpose(2, 0, 3, 1)
+    if jax.default_backend() == "cpu":  # which multiplies in float32 anyway, and has no code for some bfloat16 products
+        activation, cotangent = activation.astype(dtype), cotangent.astype(dtype)
     outer = jnp.einsum(
         "grah,grd->gahd",
         cotangent.transpose(1, 2, 0, 3),  # copies whole rows; left to the product, it would copy entry by entry

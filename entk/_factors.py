@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from entk._checks import ApplyFn, PyTree
 from entk._convolution import convolution
-from entk._jacobian import model_precision
+from entk._jacobian import map_examples, model_precision
+from entk._jaxpr import bind, intermediate_bytes, is_literal
 from entk._params import differentiable
 from entk._products import Conv, Lookup, Sizes, Use
-from entk._uses import Scope, Uses, find_uses
+from entk._uses import Scope, Uses
 
 
 class Factors(NamedTuple):
@@ -91,43 +91,62 @@ class FactoredModel:
 
         spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf)), x)
         with model_precision():
-            found = find_uses(outputs, self._leaves, spec)
-        self._scope = found.scope
-        out = found.scope.jaxpr.outvars[0].aval
+            closed, out = jax.make_jaxpr(outputs, return_shape=True)(self._leaves, spec)
+        self._outputs, self._scope = outputs, None
         self.num_outputs, self.dtype = out.shape[0], out.dtype
-        self.parts = _divide(found if factor else None, self._leaves)
-        self.residual_bytes, self.largest_bytes = _intermediates(found.scope.jaxpr)
+        try:
+            found = Uses(closed, len(leaves))
+            self._scope = found.scope
+            self.parts = _divide(found if factor else None, self._leaves)
+            self.residual_bytes, self.largest_bytes = intermediate_bytes(found.scope.jaxpr)
+            jax.eval_shape(lambda x_i: self._tapped(self._leaves, self._taps(), x_i), spec)
+        except Exception as error:  # of whatever kind: jaxprs change from one release of JAX to the next
+            self._scope = None
+            self.parts = _by_autodiff(self._leaves, f"is in a model that cannot be read: {error!r}")
+            self.residual_bytes = self.largest_bytes = sum(leaf.nbytes for leaf in self._leaves)
 
     def factors(self, x_i: PyTree) -> list[tuple[Factors | None, Factors | None] | Array]:
         """Per part: factors of its uses and of its mirrored uses, or its (c, leaf size) Jacobian block."""
-        uses = {use.index: use for part in self.parts for use in (*part.uses, *part.mirrored)}
         by_autodiff = [part.leaves[0] for part in self.parts if not part.uses]
-        taps = {index: jnp.zeros((*use.loops, *use.shape), use.dtype) for index, use in uses.items()}
 
         def outputs(taps, chosen):
             leaves = list(self._leaves)
             for index, leaf in zip(by_autodiff, chosen, strict=True):
                 leaves[index] = leaf
-            args = [*leaves, *jax.tree.leaves(x_i)]
-            (out,), activations = _evaluate(self._scope, args, taps, [False] * len(args))
-            return out, activations
+            return self._tapped(leaves, taps, x_i)
 
         with model_precision():
             out, pull, activations = jax.vjp(
-                outputs, taps, [self._leaves[index] for index in by_autodiff], has_aux=True
+                outputs, self._taps(), [self._leaves[index] for index in by_autodiff], has_aux=True
             )
-            cotangents, blocks = jax.vmap(pull)(jnp.eye(self.num_outputs, dtype=out.dtype))
+            cotangents, blocks = map_examples(pull, jnp.eye(self.num_outputs, dtype=out.dtype), None)
         blocks = dict(zip(by_autodiff, blocks, strict=True))
+        wide = jnp.promote_types(self.dtype, jnp.float32)
         return [
-            (_join(part.uses, activations, cotangents), _join(part.mirrored, activations, cotangents))
+            tuple(_join(uses, activations, cotangents, wide) for uses in (part.uses, part.mirrored))
             if part.uses
             else blocks[part.leaves[0]].reshape(self.num_outputs, -1)
             for part in self.parts
         ]
 
+    def _taps(self) -> dict[int, Array]:
+        """Zeros to be added to the result of every use, by its number."""
+        uses = [use for part in self.parts for use in (*part.uses, *part.mirrored)]
+        return {use.index: jnp.zeros((*use.loops, *use.shape), use.dtype) for use in uses}
 
-def _join(uses: tuple[Use, ...], activations: dict[int, Array], cotangents: dict[int, Array]) -> Factors | None:
-    """The factors of several uses of one leaf, one after the other along the positions."""
+    def _tapped(self, leaves: list[Array], taps: dict[int, Array], x_i: PyTree) -> tuple[Array, dict[int, Array]]:
+        """The outputs of an example with `taps` added to the results of their uses, and what those uses saw."""
+        if self._scope is None:
+            return self._outputs(leaves, x_i), {}
+        args = [*leaves, *jax.tree.leaves(x_i)]
+        (out,), activations = _evaluate(self._scope, args, taps, [False] * len(args))
+        return out, activations
+
+
+def _join(
+    uses: tuple[Use, ...], activations: dict[int, Array], cotangents: dict[int, Array], wide: jnp.dtype
+) -> Factors | None:
+    """The factors of several uses of one leaf, one after the other along the positions; no wider than the kernel."""
     if not uses:
         return None
     one_hot = any(isinstance(use, Lookup) for use in uses) and not all(isinstance(use, Lookup) for use in uses)
@@ -138,12 +157,17 @@ def _join(uses: tuple[Use, ...], activations: dict[int, Array], cotangents: dict
             activation = jax.nn.one_hot(activation, use.sizes.inputs, dtype=use.dtype)
         if use.view.scale != 1.0:  # of the weight alone: a bias has the cotangent as it is, an index cannot be scaled
             if isinstance(use, Lookup):
-                cotangent = cotangent * use.view.scale
-            else:
-                activation = activation * use.view.scale
-        pulled.append(use.merge_loops(cotangent, 1, 1))
-        seen.append(use.merge_loops(activation, 0, activation.ndim - len(use.loops) - 2))
+                cotangent = cotangent.astype(wide) * use.view.scale
+            else:  # float16 would overflow where the product does not
+                activation = activation.astype(wide) * use.view.scale
+        pulled.append(use.merge_loops(_narrowed(cotangent, wide), 1, 1))
+        seen.append(use.merge_loops(_narrowed(activation, wide), 0, activation.ndim - len(use.loops) - 2))
     return Factors(jnp.concatenate(seen, axis=1), jnp.concatenate(pulled, axis=2))
+
+
+def _narrowed(array: Array, wide: jnp.dtype) -> Array:
+    """In float32 at most for a float32 model that computes a product in float64."""
+    return array.astype(wide) if array.dtype.itemsize > wide.itemsize else array
 
 
 def _evaluate(
@@ -158,21 +182,21 @@ def _evaluate(
     activations: dict[int, Array] = {}
 
     def read(var):
-        return var.val if hasattr(var, "val") else values[var]
+        return var.val if is_literal(var) else values[var]
 
     for number, eqn in enumerate(scope.jaxpr.eqns):
         operands = [read(var) for var in eqn.invars]
         inner, use = scope.inner.get(number), scope.uses.get(number)
         wanted = inner.indices() & taps.keys() if inner is not None else set()
-        touched = [not hasattr(var, "val") and var in dependent for var in eqn.invars]
+        touched = [not is_literal(var) and var in dependent for var in eqn.invars]
         if inner is not None and wanted:
-            run = _evaluate_scan if eqn.primitive.name == "scan" else _evaluate_inlined
-            results, seen = run(eqn, inner, operands, {index: taps[index] for index in wanted}, touched)
+            run = _evaluate if inner.scan is None else _evaluate_scan
+            results, seen = run(inner, operands, {index: taps[index] for index in wanted}, touched)
             activations.update(seen)
         elif isinstance(use, Conv) and touched[0]:
             results = [convolution(eqn, *operands)]
         else:
-            results = bind_equation(eqn, operands)
+            results = bind(eqn, operands)
         if use is not None and use.index in taps:
             activations[use.index] = use.activation(operands)
             results = [results[0] + taps[use.index]]
@@ -182,31 +206,19 @@ def _evaluate(
     return [read(var) for var in scope.jaxpr.outvars], activations
 
 
-def bind_equation(eqn: Any, operands: list[Array]) -> list[Array]:
-    """One equation as it stands, custom derivative rules included."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = params if isinstance(params, tuple) else ((), params)  # a pair in older releases
-    results = eqn.primitive.bind(*functions, *operands, **params)
-    return results if eqn.primitive.multiple_results else [results]
-
-
-def _evaluate_inlined(eqn, inner, operands, taps, touched):
-    return _evaluate(inner, operands, taps, touched)
-
-
-def _evaluate_scan(eqn, inner, operands, taps, touched):
+def _evaluate_scan(scope: Scope, operands, taps, touched) -> tuple[list[Array], dict[int, Array]]:
     """A scan whose taps are scanned over too, and whose activations are stacked like its results."""
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    assert scope.scan is not None
+    _, num_consts, num_carry, *_ = scope.scan
     consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
-
     depends = [*touched[:num_consts], *[True] * num_carry, *touched[num_consts + num_carry :]]
 
     def body(carry, slices):
         slices, taps = slices
-        results, seen = _evaluate(inner, [*consts, *carry, *slices], taps, depends)
+        results, seen = _evaluate(scope, [*consts, *carry, *slices], taps, depends)
         return results[:num_carry], (results[num_carry:], seen)
 
-    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    options = {"length": scope.scan.length, "reverse": scope.scan.reverse, "unroll": scope.scan.unroll}
     carry, (stacked, seen) = lax.scan(body, carry, (operands[num_consts + num_carry :], taps), **options)
     return [*carry, *stacked], seen
 
@@ -214,8 +226,7 @@ def _evaluate_scan(eqn, inner, operands, taps, touched):
 def _divide(found: Uses | None, leaves: list[Array]) -> list[Part]:
     """Every leaf into one part: factored where its uses fit together, else by autodiff."""
     if found is None:
-        reason = "is used differently for x1 and x2"
-        return [Part((k,), leaf.size, reason=reason) for k, leaf in enumerate(leaves) if leaf.size]
+        return _by_autodiff(leaves, "is used differently for x1 and x2")
     by_leaf: dict[int, list[Use]] = {}
     for use in found.uses:
         by_leaf.setdefault(use.view.leaf, []).append(use)
@@ -251,6 +262,10 @@ def _divide(found: Uses | None, leaves: list[Array]) -> list[Part]:
     return sorted(parts, key=lambda part: part.leaves)
 
 
+def _by_autodiff(leaves: list[Array], reason: str) -> list[Part]:
+    return [Part((k,), leaf.size, reason=reason) for k, leaf in enumerate(leaves) if leaf.size]
+
+
 def _same(use: Use, other: Use) -> bool:
     return use.view.steps == other.view.steps and use.layout == other.layout
 
@@ -258,22 +273,3 @@ def _same(use: Use, other: Use) -> bool:
 def _is_mirrored(use: Use, other: Use) -> bool:
     groups, inputs, outputs = use.layout if len(use.layout) == 3 and use.layout[0] != "conv" else (None, None, None)
     return use.view.steps == other.view.steps and other.layout == (groups, outputs, inputs) and groups == ()
-
-
-def _intermediates(jaxpr: Any) -> tuple[int, int]:
-    """Bytes of all intermediate results of a jaxpr, and of the largest one."""
-    total = largest = 0
-    for eqn in jaxpr.eqns:
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-                some, most = _intermediates(inner)
-                total, largest = total + times * some, max(largest, most)
-        sizes = [
-            int(np.prod(var.aval.shape)) * var.aval.dtype.itemsize
-            for var in eqn.outvars
-            if hasattr(var.aval, "shape") and hasattr(var.aval.dtype, "itemsize")
-        ]
-        total, largest = total + sum(sizes), max([largest, *sizes])
-    return total, largest

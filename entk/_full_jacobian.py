@@ -67,7 +67,7 @@ class FullJacobian:
 def _kernel(apply_fn, params, x1, x2, microbatch_size):
     n1 = jax.tree.leaves(x1)[0].shape[0]
     if x2 is None and (microbatch_size is None or microbatch_size >= n1):
-        jac = jax.vmap(lambda x_i: example_jacobian(apply_fn, params, x_i))(x1)
+        jac = map_examples(lambda x_i: example_jacobian(apply_fn, params, x_i), x1, None)
         rows = [leaf.reshape(n1 * leaf.shape[1], leaf.shape[2]) for leaf in jac]
         return sum(product(leaf, leaf, PRECISION) for leaf in rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 
 import jax
@@ -23,7 +24,8 @@ def example_jacobian(apply_fn: ApplyFn, params: PyTree, x_i: PyTree) -> list[Arr
         return apply_fn(rebuild(leaves), jax.tree.map(lambda leaf: leaf[None], x_i)).reshape(-1)
 
     with model_precision():
-        jac = jax.jacrev(outputs)(leaves)
+        out, pull = jax.vjp(outputs, leaves)
+        (jac,) = map_examples(pull, jnp.eye(out.size, dtype=out.dtype), None)
     return [leaf.reshape(leaf.shape[0], -1) for leaf in jac]
 
 
@@ -99,11 +101,21 @@ def _jacobian(apply_fn, params, x, microbatch_size):
 
 
 def map_examples(function, x: PyTree, microbatch_size: int | None) -> PyTree:
-    """`vmap` over examples, at most `microbatch_size` of them at a time."""
+    """`vmap` over the rows of x, at most `microbatch_size` of them at a time.
+
+    Where JAX cannot batch the function, as with `jax.lax.ragged_dot`, callbacks without a `vmap_method` and ordered
+    ones, the rows are taken one after another.
+    """
     n = jax.tree.leaves(x)[0].shape[0]
-    if microbatch_size is None or microbatch_size >= n:
-        return jax.vmap(function)(x)
-    return jax.lax.map(function, x, batch_size=microbatch_size)
+
+    def together(x):
+        if microbatch_size is None or microbatch_size >= n:
+            return jax.vmap(function)(x)
+        return jax.lax.map(function, x, batch_size=microbatch_size)
+
+    with contextlib.suppress(NotImplementedError, ValueError):
+        return jax.jit(together, inline=True)(x)  # traced apart: an attempt that fails leaves nothing behind
+    return jax.lax.map(function, x)
 
 
 def sum_blocks(function, batch: tuple[PyTree, ...], microbatch_size: int | None) -> PyTree:

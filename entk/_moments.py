@@ -15,6 +15,7 @@ from entk._checks import PyTree, check_microbatch_size, check_params, num_exampl
 from entk._contractions import JacobianBlocks
 from entk._factors import FactoredModel, Part
 from entk._independence import check_independent, is_at_hand
+from entk._jacobian import map_examples
 from entk._params import differentiable
 from entk._structured import Choice, example_bytes
 
@@ -115,7 +116,7 @@ def _moments(loss_fn, params, batch, microbatch_size):
     size = min(microbatch_size, n)
 
     def of_block(block):
-        factors = jax.vmap(model.factors)(block)
+        factors = map_examples(model.factors, block, None)
         mean = [jnp.zeros(leaf.shape, _wide(leaf)) for leaf in leaves]  # empty leaves are in no part
         spread = list(mean)
         for part, one in zip(model.parts, factors, strict=True):

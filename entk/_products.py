@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,16 @@ from jax import Array, lax
 
 Shape = tuple[int, ...]
 SLICES = "slices"  # one slice along the first axis for every iteration of a scan
+
+
+def is_factored_in(dtype: jnp.dtype) -> bool:
+    """Whether products of this dtype are factored: shorter floats do not promote, and complex ones have two parts."""
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+
+
+def _promoted(x: Array, dtype: jnp.dtype) -> Array:
+    """What a product made of an operand that is not floating itself: bytes of an image, counts, masks."""
+    return x if is_factored_in(x.dtype) else x.astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -157,7 +167,8 @@ class Dot(Use):
 
     def activation(self, operands):
         groups, positions, inputs, _ = self.sizes
-        return operands[1 - self.side].transpose(self.activation_order).reshape(groups, positions, inputs)
+        x = _promoted(operands[1 - self.side], self.dtype)
+        return x.transpose(self.activation_order).reshape(groups, positions, inputs)
 
     def cotangent(self, delta):
         return _arranged(delta, self)
@@ -184,7 +195,7 @@ class Conv(Use):
     def activation(self, operands):
         groups, positions, inputs, _ = self.sizes
         batch, features, *space = self.params["dimension_numbers"].lhs_spec
-        x = operands[0].transpose([batch, *space, features])
+        x = _promoted(operands[0], self.dtype).transpose([batch, *space, features])
         inner = [step - 1 for step in self.params["lhs_dilation"]]
         pads = [(low, high, step) for (low, high), step in zip(self.params["padding"], inner, strict=True)]
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
@@ -214,17 +225,26 @@ class Conv(Use):
 
 @dataclass(frozen=True)
 class Lookup(Use):
-    """Rows of a table taken by index: the activation is one-hot and kept as its index, -1 for none of the rows."""
+    """Rows of a table taken by index: the activation is one-hot and kept as its index, -1 for none of the rows.
+
+    An index outside the table is moved to its nearest row by CLIP, and has no derivative in the other modes.
+    """
+
+    CLIP: ClassVar[Any] = lax.GatherScatterMode.CLIP
+    MODES: ClassVar[tuple[Any, ...]] = (
+        CLIP, lax.GatherScatterMode.FILL_OR_DROP, lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    )  # fmt: skip
 
     cotangent_order: Shape = ()
     mode: Any = None
 
     def activation(self, operands):
-        rows = self.sizes.inputs
         index = operands[1].reshape(1, -1)
-        if self.mode == lax.GatherScatterMode.FILL_OR_DROP:
-            return jnp.where((index >= 0) & (index < rows), index, -1).astype(jnp.int32)
-        return jnp.clip(index, 0, rows - 1).astype(jnp.int32)
+        # In the index's own dtype, which may not reach the last row, or even be able to say how many there are.
+        last = min(self.sizes.inputs - 1, int(jnp.iinfo(index.dtype).max))
+        inside = jnp.clip(index, 0, last)
+        taken = inside.astype(jnp.int32)
+        return taken if self.mode == self.CLIP else jnp.where(index == inside, taken, -1)
 
     def cotangent(self, delta):
         return _arranged(delta, self)

@@ -14,20 +14,24 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from entk._products import SLICES, Conv, Dot, Lookup, Shape, Sizes, Spread, Use, View
+from entk._jaxpr import CALLS, PARAMETERS, Scan, Unread, called, is_literal, opened, parameters, scanned
+from entk._products import SLICES, Conv, Dot, Lookup, Shape, Sizes, Spread, Use, View, is_factored_in
 
-INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+SMALLEST, LARGEST = 2.0**-32, 2.0**32  # of constant factors: 0·∞, and squares that overflow, are left to autodiff
 
 
 @dataclass
 class Scope:
-    """What was found in one jaxpr: uses and nested scopes by the number of their equation."""
+    """What was found in one jaxpr: uses and nested scopes by the number of their equation.
+
+    `scan` is the loop that the jaxpr is the body of, if any.
+    """
 
     jaxpr: Any
     consts: list[Any]
+    scan: Scan | None = None
     uses: dict[int, Use] = field(default_factory=dict)
     inner: dict[int, Scope] = field(default_factory=dict)
 
@@ -52,10 +56,10 @@ class Uses:
         self.biases: dict[int, list[int]] = {}
         self.opaque: dict[int, str] = {}
         views = {}
-        for leaf, var in enumerate(closed.jaxpr.invars[:num_leaves]):
+        for leaf, var in enumerate(opened(closed).jaxpr.invars[:num_leaves]):
             shape = tuple(var.aval.shape)
             views[var] = View(leaf, (), shape, tuple(range(len(shape))))
-        self.scope, outputs, _ = self._walk(closed.jaxpr, closed.consts, views, ())
+        self.scope, outputs, _ = self._walk(opened(closed), views, ())
         for output in outputs:
             self._give_up(output, "is an output itself")
 
@@ -63,105 +67,121 @@ class Uses:
         if value is not None:
             self.opaque.setdefault((value.view if isinstance(value, Spread) else value).leaf, reason)
 
-    def _walk(self, jaxpr, consts, views, loops) -> tuple[Scope, list[Any], list[Any]]:
+    def _walk(self, nested, views, loops, scan=None) -> tuple[Scope, list[Any], list[Any]]:
         """Annotates one jaxpr; `views` says what its variables are. Returns which outputs are views or uses' results.
 
         A use's result counts as such while nothing else reads it: a bias added to it then has the same cotangent.
         """
-        scope, results = Scope(jaxpr, consts), {}
+        jaxpr, consts = nested
+        scope, results = Scope(jaxpr, consts, scan), {}
         operands_read = [var for eqn in jaxpr.eqns for var in eqn.invars] + list(jaxpr.outvars)
-        once = Counter(var for var in operands_read if not hasattr(var, "val"))
+        once = Counter(var for var in operands_read if not is_literal(var))
         for number, eqn in enumerate(jaxpr.eqns):
-            operands = [None if hasattr(var, "val") else views.get(var) for var in eqn.invars]
-            name = eqn.primitive.name
-            if (
-                name == "transpose"
-                and not hasattr(eqn.invars[0], "val")
-                and eqn.invars[0] in results
-                and once[eqn.outvars[0]] == 1
-            ):
-                use, order = results[eqn.invars[0]]
-                results[eqn.outvars[0]] = use, tuple(order[axis] for axis in eqn.params["permutation"])
-            if not any(operands):
-                continue
-            if name in INLINED:
-                inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
-                inner, inner_consts = getattr(inner, "jaxpr", inner), list(getattr(inner, "consts", []))
-                known = {var: view for var, view in zip(inner.invars, operands, strict=True) if view is not None}
-                scope.inner[number], outputs, made = self._walk(inner, inner_consts, known, loops)
-                views.update((var, view) for var, view in zip(eqn.outvars, outputs, strict=True) if view is not None)
-                results.update((var, use) for var, use in zip(eqn.outvars, made, strict=True) if use and once[var] == 1)
-            elif name == "scan":
-                scope.inner[number] = self._scan(eqn, operands, loops)
-            elif (view := _rearranged(eqn, operands)) is not None:
-                views[eqn.outvars[0]] = view
-            elif (use := _product(eqn, operands, loops, len(self.uses))) is not None:
-                self.uses.append(use)
-                scope.uses[number] = use
-                if once[eqn.outvars[0]] == 1:
-                    results[eqn.outvars[0]] = use, tuple(range(len(use.shape)))
-            elif name == "add" and (use := _bias_of(eqn, operands, results)) is not None:
-                bias = next(operand for operand in operands if operand is not None)
-                self.biases.setdefault((bias.view if isinstance(bias, Spread) else bias).leaf, []).append(use.index)
-            else:
-                for operand in operands:
-                    self._give_up(operand, f"is consumed by {name}")
-        outputs = [None if hasattr(var, "val") else var for var in jaxpr.outvars]
+            operands = [None if is_literal(var) else views.get(var) for var in eqn.invars]
+            try:
+                reason = self._annotate(number, eqn, operands, scope, views, results, once, loops)
+            except Exception as error:  # of whatever kind: jaxprs change from one release of JAX to the next
+                what = str(error) if isinstance(error, Unread) else repr(error)
+                reason = f"is consumed by {eqn.primitive.name}, which cannot be read: {what}"
+            for operand in operands if reason else ():
+                self._give_up(operand, reason)
+        outputs = [None if is_literal(var) else var for var in jaxpr.outvars]
         return scope, [views.get(var) for var in outputs], [results.get(var) for var in outputs]
 
-    def _scan(self, eqn, operands, loops) -> Scope:
-        closed, depth = eqn.params["jaxpr"], len(loops)
-        num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-        views = {}
-        for position, (var, view) in enumerate(zip(closed.jaxpr.invars, operands, strict=True)):
+    def _annotate(self, number, eqn, operands, scope, views, results, once, loops) -> str:
+        """Notes what one equation makes of the views among its operands; else returns why they are given up."""
+        name = eqn.primitive.name
+        if name == "transpose" and (moved := _moved_result(eqn, results)) and once[eqn.outvars[0]] == 1:
+            results[eqn.outvars[0]] = moved
+        if not any(operands):
+            return ""
+        if name in CALLS:
+            inner = called(eqn)
+            known = {var: view for var, view in zip(inner.jaxpr.invars, operands, strict=True) if view is not None}
+            scope.inner[number], outputs, made = self._walk(inner, known, loops)
+            views.update((var, view) for var, view in zip(eqn.outvars, outputs, strict=True) if view is not None)
+            results.update((var, use) for var, use in zip(eqn.outvars, made, strict=True) if use and once[var] == 1)
+            return ""
+        if name not in PARAMETERS:
+            return f"is consumed by {name}"
+        parameters(eqn)  # raises where the rules below would read an equation that they do not know
+        if name == "scan":
+            scope.inner[number] = self._scan(scanned(eqn), operands, loops)
+        elif (view := _rearranged(eqn, operands)) is not None:
+            views[eqn.outvars[0]] = view
+        elif (use := _product(eqn, operands, loops, len(self.uses))) is not None:
+            self.uses.append(use)
+            scope.uses[number] = use
+            if once[eqn.outvars[0]] == 1:
+                results[eqn.outvars[0]] = use, tuple(range(len(use.shape)))
+        elif name == "add" and (use := _bias_of(eqn, operands, results)) is not None:
+            bias = next(operand for operand in operands if operand is not None)
+            self.biases.setdefault((bias.view if isinstance(bias, Spread) else bias).leaf, []).append(use.index)
+        else:
+            return f"is consumed by {name}"
+        return ""
+
+    def _scan(self, scan: Scan, operands, loops) -> Scope:
+        views, depth = {}, len(loops)
+        for position, (var, view) in enumerate(zip(scan.body.jaxpr.invars, operands, strict=True)):
             if view is None:
                 continue
-            if isinstance(view, Spread) or num_consts <= position < num_consts + num_carry:
+            if isinstance(view, Spread) or scan.num_consts <= position < scan.num_consts + scan.num_carry:
                 self._give_up(view, "is carried by a scan")
-            elif position < num_consts:
+            elif position < scan.num_consts:
                 views[var] = view
             else:
                 sliced = view.rearranged(SLICES, view.shape[1:])
                 views[var] = replace(sliced, stacked=view.stacked | {depth})
-        scope, outputs, _ = self._walk(closed.jaxpr, list(closed.consts), views, (*loops, eqn.params["length"]))
+        scope, outputs, _ = self._walk(scan.body, views, (*loops, scan.length), scan)
         for output in outputs:
             self._give_up(output, "is returned by a scan")
         return scope
 
 
+def _moved_result(eqn: Any, results: dict[Any, tuple[Use, Shape]]) -> tuple[Use, Shape] | None:
+    """A use's result whose axes an equation permutes."""
+    if is_literal(eqn.invars[0]) or eqn.invars[0] not in results:
+        return None
+    use, order = results[eqn.invars[0]]
+    return use, tuple(order[axis] for axis in parameters(eqn)["permutation"])
+
+
 def _rearranged(eqn: Any, operands: list[Any]) -> View | Spread | None:
     """The view an equation makes of a view, or None when it is none."""
-    name, view = eqn.primitive.name, operands[0]
-    out = eqn.outvars[0].aval
+    name, out = eqn.primitive.name, eqn.outvars[0].aval
     if name in ("mul", "div") and len(operands) == 2:
-        side = 0 if operands[0] is not None else 1
-        view, other = operands[side], eqn.invars[1 - side]
-        constant = getattr(other, "val", None)
-        if not isinstance(view, View) or constant is None or jnp.ndim(constant) or (name == "div" and side == 1):
-            return None
-        factor = float(constant)
-        return replace(view, scale=view.scale * (factor if name == "mul" else 1 / factor))
+        return _scaled(eqn, operands)
+    view = operands[0]
     if not isinstance(view, View) or any(operand is not None for operand in operands[1:]):
         return None
     if name == "neg":
         return replace(view, scale=-view.scale)
-    if name == "convert_element_type" and jnp.issubdtype(out.dtype, jnp.floating):
-        return view
+    if name == "convert_element_type":
+        return view if is_factored_in(out.dtype) else None
     if name == "transpose":
         return replace(view, order=tuple(view.order[axis] for axis in eqn.params["permutation"]))
     if name == "rev":
         return view.rearranged(tuple(eqn.params["dimensions"]), tuple(out.shape))
-    if name in ("reshape", "squeeze", "copy"):
-        return (
-            view.rearranged(None, tuple(out.shape))
-            if eqn.params.get("dimensions") is None or name == "squeeze"
-            else None
-        )
+    if name in ("squeeze", "copy") or (name == "reshape" and eqn.params["dimensions"] is None):
+        return view.rearranged(None, tuple(out.shape))
     if name == "broadcast_in_dim":
         if math.prod(out.shape) == math.prod(view.shape):
             return view.rearranged(None, tuple(out.shape))
         return Spread(view, tuple(out.shape), tuple(eqn.params["broadcast_dimensions"]))
     return None
+
+
+def _scaled(eqn: Any, operands: list[Any]) -> View | None:
+    """A view times a constant, or divided by one."""
+    side = 0 if operands[0] is not None else 1
+    view, other = operands[side], eqn.invars[1 - side]
+    by_division = eqn.primitive.name == "div"
+    if not isinstance(view, View) or not is_literal(other) or jnp.ndim(other.val) or (by_division and side == 1):
+        return None
+    factor = float(other.val)
+    scale = view.scale * (1 / factor if by_division and factor else factor)
+    return replace(view, scale=scale) if SMALLEST <= abs(scale) <= LARGEST else None
 
 
 def _product(eqn: Any, operands: list[Any], loops: Shape, index: int) -> Use | None:
@@ -174,6 +194,8 @@ def _product(eqn: Any, operands: list[Any], loops: Shape, index: int) -> Use | N
     if not isinstance(view, View) or make is None:
         return None
     out = eqn.outvars[0].aval
+    if not is_factored_in(out.dtype):
+        return None
     common = {
         "index": index, "view": view, "side": side, "shape": tuple(out.shape), "dtype": out.dtype, "loops": loops
     }  # fmt: skip
@@ -238,6 +260,8 @@ def _lookup(eqn, view, side, common) -> Use | None:
     whole_rows = tuple(1 if k == axis else size for k, size in enumerate(view.shape))
     if tuple(numbers.start_index_map) != (axis,) or tuple(eqn.params["slice_sizes"]) != whole_rows:
         return None
+    if eqn.params["mode"] not in Lookup.MODES:
+        return None
     kept = [k for k in range(rank) if k != axis]
     offsets = sorted(range(rank - 1), key=lambda k: view.order[kept[k]])
     places = [k for k in range(len(common["shape"])) if k not in numbers.offset_dims]
@@ -271,7 +295,8 @@ def _bias_of(eqn: Any, operands: list[Any], results: dict[Any, tuple[Use, Shape]
     view, shape, dims = (
         (bias.view, bias.shape, bias.dims) if isinstance(bias, Spread) else (bias, bias.shape, range(len(bias.shape)))
     )
-    fits = all(size in (1, whole) for size, whole in zip(shape, result, strict=True))
+    # JAX adds a scalar to every entry, and repeats an axis of one.
+    fits = not shape or all(size in (1, whole) for size, whole in zip(shape, result, strict=True))
     if view.scale != 1.0 or view.stacked or view.order != tuple(range(len(view.order))) or use.total.groups != 1:
         return None
     wide = [dim for dim, size in zip(dims, view.shape, strict=True) if size > 1]
@@ -282,8 +307,3 @@ def _bias_of(eqn: Any, operands: list[Any], results: dict[Any, tuple[Use, Shape]
     outputs = [order.index(axis) for axis in outputs if use.shape[axis] > 1]
     same_size = math.prod(view.shape) == use.sizes.outputs
     return use if fits and same_size and wide == outputs else None
-
-
-def find_uses(function: Any, leaves: list[Any], x_i: Any) -> Uses:
-    """Traces `function(leaves, x_i)` and finds every use of the leaves."""
-    return Uses(jax.make_jaxpr(function)(leaves, x_i), len(leaves))

@@ -18,11 +18,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from entk._factors import bind_equation
+from entk._jaxpr import CALLS, CUSTOM_DERIVATIVES, bind, called, is_literal, opened
 
 PyTree = Any
 ExtraArgs = Callable[[PyTree, Array], dict[str, Any]]
-INLINED = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "remat2", "checkpoint")
 UNARY = ("neg", "convert_element_type", "copy", "reduce_precision", "reshape", "squeeze")
 
 
@@ -168,7 +167,7 @@ class FrozenUpdate:
             *map(Value, jax.tree.leaves(params)),
             *(Value(one, Kind.FROZEN, reason="an extra argument of update") for one in extras),
         ]
-        return _evaluate(self._closed.jaxpr, self._closed.consts, inputs, forced)
+        return _evaluate(*opened(self._closed), inputs, forced)
 
     def _kinds(self, spec, state, arrays) -> list[Value]:
         found: list[Value] = []
@@ -207,7 +206,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value], forced
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*map(Value, consts), *inputs], strict=True))
 
     def read(var):
-        return Value(var.val) if hasattr(var, "val") else values[var]
+        return Value(var.val) if is_literal(var) else values[var]
 
     for eqn in jaxpr.eqns:
         operands = [read(var) for var in eqn.invars]
@@ -216,17 +215,15 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value], forced
             frozen = next((operand for operand in operands if operand.kind == Kind.FROZEN), Value(None))
             results = [
                 Value(one, frozen.kind, reason=frozen.reason)
-                for one in bind_equation(eqn, [operand.realized for operand in operands])
+                for one in bind(eqn, [operand.realized for operand in operands])
             ]
-        elif name in INLINED:
-            inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
-            results = _evaluate(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), operands, forced)
+        elif name in (*CALLS, *CUSTOM_DERIVATIVES):
+            results = _evaluate(*called(eqn), operands, forced)
         elif name == "cond":
             results = _switch(eqn, operands, forced)
         else:
             results = [
-                Value(one, Kind.FROZEN, reason=name)
-                for one in bind_equation(eqn, [operand.realized for operand in operands])
+                Value(one, Kind.FROZEN, reason=name) for one in bind(eqn, [operand.realized for operand in operands])
             ]
             if _is_linear(eqn, [operand.kind for operand in operands]):
                 scales = name in ("mul", "div")  # the other operand is the coefficient, not a summand
@@ -236,7 +233,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value], forced
                 ]
                 if name == "select_n":
                     taken[0] = operands[0].realized
-                (linear,) = bind_equation(eqn, taken)
+                (linear,) = bind(eqn, taken)
                 results = [Value(results[0].realized, Kind.LINEAR, linear)]
         values.update(zip(eqn.outvars, results, strict=True))
     return [read(var) for var in jaxpr.outvars]
@@ -271,7 +268,7 @@ def _switch(eqn: Any, operands: list[Value], forced: bool) -> list[Value]:
     kinds: list[list[Value]] = []
 
     def run(branch, values):
-        results = _evaluate(branch.jaxpr, branch.consts, values, forced)
+        results = _evaluate(*opened(branch), values, forced)
         kinds.append(results)
         return results
 
@@ -290,7 +287,7 @@ def _switch(eqn: Any, operands: list[Value], forced: bool) -> list[Value]:
 
     def taken(branch):
         def of(arrays):
-            results = _evaluate(branch.jaxpr, branch.consts, values_of(arrays), forced)
+            results = _evaluate(*opened(branch), values_of(arrays), forced)
             return [
                 (value.realized, _linear(value, forced) if kind.kind == Kind.LINEAR else None)
                 for value, kind in zip(results, joined, strict=True)
