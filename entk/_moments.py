@@ -12,13 +12,13 @@ import numpy as np
 from jax import Array, lax
 
 from entk._checks import PyTree, check_microbatch_size, check_params, num_examples
-from entk._contractions import Cost, JacobianBlocks
+from entk._contractions import JacobianBlocks
 from entk._factors import FactoredModel, Part
 from entk._independence import check_independent, is_at_hand
 from entk._params import differentiable
 from entk._products import Lookup
 from entk._row_moments import add_examples, no_examples, over_all
-from entk._structured import Choice, example_bytes
+from entk._structured import example_bytes
 
 BLOCK_BYTES = 2**26  # of per-example gradients and intermediate results, where microbatch_size leaves the choice
 
@@ -54,9 +54,11 @@ def gradient_moments(
 ) -> GradientMoments:
     """Mean gradient and Σ (g_i − ḡ)² for every parameter, exact, without a (n, p) array (theory §7.1).
 
-    For a leaf used once an example, g_i = a_i ⊗ δ_i, and Σ g_i² = (a²)ᵀ(δ²) is one more matrix product. Leaves used
-    at many positions (convolutions, sequences) and leaves left to autodiff take per-example gradients, a microbatch at
-    a time. Microbatches are joined by the update of Chan, Golub & LeVeque.
+    For a leaf used once per example, g_i = a_i ⊗ δ_i, and Σ g_i² = (a²)ᵀ(δ²) is one more matrix product. In a table
+    that examples index, g_i is zero but in the rows that example i takes, and those rows alone are read and written.
+    Leaves used at many positions (convolutions, sequences), leaves used in both ways (an embedding tied to the logits)
+    and leaves left to autodiff take per-example gradients, a microbatch at a time. Microbatches are joined by the
+    update of Chan, Golub & LeVeque.
 
     Args:
       loss_fn: pure function `(params, batch) -> losses` of shape (n,), one an example, or their mean, a scalar. It has
@@ -72,11 +74,14 @@ def gradient_moments(
       TypeError, ValueError: parameters or losses of other kinds than above; a scalar loss that is not the mean over
         examples, a loss that mixes them.
 
-    Errors: a leaf used once an example subtracts n ḡ² from Σ g_i², so its result carries a rounding error of about
-    ε Σ g_i² (clipped at zero): harmless unless |ḡ| is 1/√ε times the spread.
+    Errors: a leaf that is multiplied once per example subtracts n ḡ² from Σ g_i² (n of a microbatch), so its result
+    carries a rounding error of about ε Σ g_i² (clipped at zero): harmless unless |ḡ| is 1/√ε times the spread. All
+    others sum squares of deviations.
 
-    Cost: one forward and backward pass, and one more product a dense leaf. Memory: microbatch_size examples'
-    intermediate results and gradients of leaves with many positions, four copies of params.
+    Cost: one forward and backward pass, and one more product per dense leaf; per table a few passes over the rows that
+    are taken, sorted within each example that takes several. Memory: the two results, and intermediate results of
+    microbatch_size examples; for leaves other than tables also microbatch_size gradients of those that take
+    per-example gradients, and with several microbatches two more copies.
 
     Example:
       >>> import jax.numpy as jnp
@@ -115,12 +120,12 @@ def _moments(loss_fn, params, batch, microbatch_size):
 
     def of_block(block, seen):
         """Moments of a block in all leaves but tables, and those of tables with the block's examples added."""
-        factors = jax.vmap(model.factors)(block)
+        factors: list[Any] = jax.vmap(model.factors)(block)
         mean, spread = zeros(), zeros()  # empty leaves are in no part
         seen = dict(seen)
         for part, one in zip(model.parts, factors, strict=True):
             if (table := part.leaves[0]) in tables:
-                seen[table] = add_examples(seen[table], one[0].activation, one[0].cotangent[:, 0])
+                seen[table] = add_examples(seen[table], one[0].activation, one[0].cotangent[:, 0], n)
             else:
                 for leaf, both in _of_part(part, one, leaves).items():
                     mean[leaf], spread[leaf] = both
@@ -173,20 +178,17 @@ def _is_table(part: Part) -> bool:
 
 
 def _example_bytes(model: FactoredModel) -> int:
-    """What one example of a block holds."""
-    choices = [
-        Choice(part, JacobianBlocks(), Cost(0, 0, _numbers(part), 0))
-        for part in model.parts
-    ]
-    return example_bytes(model, choices)
+    """What one example of a block holds: its passes through the model, and what becomes of its factors."""
+    return example_bytes(model, []) + sum(map(_numbers, model.parts)) * max(model.dtype.itemsize, 4)
 
 
 def _numbers(part: Part) -> int:
-    """Numbers held of one example's gradient in a part."""
-    if not (_is_table(part) or _is_one_product(part)):
-        return JacobianBlocks().cost(part, 1).stored
-    groups, positions, inputs, outputs = part.sizes[0]
-    return groups * positions * (outputs + (1 if _is_table(part) else inputs))
+    """Numbers held of one example for a part: factors, and what is formed of them."""
+    if _is_table(part):
+        groups, positions, _, outputs = part.sizes[0]
+        return 4 * groups * positions * (outputs + 1)
+    factors = sum(groups * positions * (inputs + outputs) for groups, positions, inputs, outputs in part.sizes)
+    return 2 * factors if _is_one_product(part) else factors + 2 * part.num_params
 
 
 def _of_part(part: Part, factors: Any, leaves: list[Array]) -> dict[int, tuple[Array, Array]]:
