@@ -17,7 +17,9 @@ from entk._factors import FactoredModel, Part
 from entk._independence import check_independent, is_at_hand
 from entk._jacobian import map_examples
 from entk._params import differentiable
-from entk._structured import Choice, example_bytes
+from entk._products import Lookup
+from entk._row_moments import add_examples, no_examples, over_all
+from entk._structured import example_bytes
 
 BLOCK_BYTES = 2**26  # of per-example gradients and intermediate results, where microbatch_size leaves the choice
 
@@ -53,9 +55,11 @@ def gradient_moments(
 ) -> GradientMoments:
     """Mean gradient and Σ (g_i − ḡ)² for every parameter, exact, without a (n, p) array (theory §7.1).
 
-    For a leaf used once an example, g_i = a_i ⊗ δ_i, and Σ g_i² = (a²)ᵀ(δ²) is one more matrix product. Leaves used
-    at many positions (convolutions, sequences) and leaves left to autodiff take per-example gradients, a microbatch at
-    a time. Microbatches are joined by the update of Chan, Golub & LeVeque.
+    For a leaf used once per example, g_i = a_i ⊗ δ_i, and Σ g_i² = (a²)ᵀ(δ²) is one more matrix product. In a table
+    that examples index, g_i is zero but in the rows that example i takes, and those rows alone are read and written.
+    Leaves used at many positions (convolutions, sequences), leaves used in both ways (an embedding tied to the logits)
+    and leaves left to autodiff take per-example gradients, a microbatch at a time. Microbatches are joined by the
+    update of Chan, Golub & LeVeque.
 
     Args:
       loss_fn: pure function `(params, batch) -> losses` of shape (n,), one an example, or their mean, a scalar. It has
@@ -71,11 +75,14 @@ def gradient_moments(
       TypeError, ValueError: parameters or losses of other kinds than above; a scalar loss that is not the mean over
         examples, a loss that mixes them.
 
-    Errors: a leaf used once an example subtracts n ḡ² from Σ g_i², so its result carries a rounding error of about
-    ε Σ g_i² (clipped at zero): harmless unless |ḡ| is 1/√ε times the spread.
+    Errors: a leaf that is multiplied once per example subtracts n ḡ² from Σ g_i² (n of a microbatch), so its result
+    carries a rounding error of about ε Σ g_i² (clipped at zero): harmless unless |ḡ| is 1/√ε times the spread. All
+    others sum squares of deviations.
 
-    Cost: one forward and backward pass, and one more product a dense leaf. Memory: microbatch_size examples'
-    intermediate results and gradients of leaves with many positions, four copies of params.
+    Cost: one forward and backward pass, and one more product per dense leaf; per table a few passes over the rows that
+    are taken, sorted within each example that takes several. Memory: the two results, and intermediate results of
+    microbatch_size examples; for leaves other than tables also microbatch_size gradients of those that take
+    per-example gradients, and with several microbatches two more copies.
 
     Example:
       >>> import jax.numpy as jnp
@@ -109,44 +116,52 @@ def _moments(loss_fn, params, batch, microbatch_size):
     n = jax.tree.leaves(batch)[0].shape[0]
     model = FactoredModel(losses, params, batch)
     leaves = [jnp.asarray(leaf) for leaf in differentiable(params)[0]]
-    if microbatch_size is None:
-        per_example = [part for part in model.parts if not _is_one_product(part)]
-        choices = [Choice(part, JacobianBlocks(), JacobianBlocks().cost(part, 1)) for part in per_example]
-        microbatch_size = max(1, BLOCK_BYTES // example_bytes(model, choices))
-    size = min(microbatch_size, n)
+    tables = {part.leaves[0]: part for part in model.parts if _is_table(part)}
+    size = min(microbatch_size or max(1, BLOCK_BYTES // _example_bytes(model)), n)
 
-    def of_block(block):
-        factors = map_examples(model.factors, block, None)
-        mean = [jnp.zeros(leaf.shape, _wide(leaf)) for leaf in leaves]  # empty leaves are in no part
-        spread = list(mean)
+    def of_block(block, seen):
+        """Moments of a block in all leaves but tables, and those of tables with the block's examples added."""
+        factors: list[Any] = map_examples(model.factors, block, None)
+        mean, spread = zeros(), zeros()  # empty leaves are in no part
+        seen = dict(seen)
         for part, one in zip(model.parts, factors, strict=True):
-            for leaf, (first, second) in _of_part(part, one, leaves).items():
-                mean[leaf], spread[leaf] = first, second
-        return mean, spread
+            if (table := part.leaves[0]) in tables:
+                seen[table] = add_examples(seen[table], one[0].activation, one[0].cotangent[:, 0], n)
+            else:
+                for leaf, both in _of_part(part, one, leaves).items():
+                    mean[leaf], spread[leaf] = both
+        return mean, spread, seen
+
+    def zeros():
+        return {k: jnp.zeros(leaf.shape, _wide(leaf)) for k, leaf in enumerate(leaves) if k not in tables}
 
     def join(state, block):
-        count, mean, spread = state
+        count, mean, spread, seen = state
         more = jax.tree.leaves(block)[0].shape[0]
-        other_mean, other_spread = of_block(block)
+        other_mean, other_spread, seen = of_block(block, seen)
         share = more / (count + more)
         shift = jax.tree.map(jnp.subtract, other_mean, mean)
         mean = jax.tree.map(lambda mean, shift: mean + share * shift, mean, shift)
         spread = jax.tree.map(
             lambda spread, other, shift: spread + other + count * share * shift**2, spread, other_spread, shift
         )
-        return count + more, mean, spread
+        return count + more, mean, spread, seen
 
+    seen = {leaf: no_examples(part.sizes[0], _wide(leaves[leaf])) for leaf, part in tables.items()}
     if size == n:
-        return of_block(batch)
-
-    whole = n // size * size
-    blocks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, size, *leaf.shape[1:]), batch)
-    zeros = [jnp.zeros(leaf.shape, _wide(leaf)) for leaf in leaves]
-    state = jnp.zeros((), jnp.promote_types(model.dtype, jnp.float32)), zeros, zeros  # bfloat16 counts to 256
-    state, _ = lax.scan(lambda state, block: (join(state, block), None), state, blocks)
-    if whole < n:
-        state = join(state, jax.tree.map(lambda leaf: leaf[whole:], batch))
-    return state[1:]
+        mean, spread, seen = of_block(batch, seen)
+    else:
+        whole = n // size * size
+        blocks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, size, *leaf.shape[1:]), batch)
+        count = jnp.zeros((), jnp.promote_types(model.dtype, jnp.float32))  # bfloat16 counts to 256
+        state, _ = lax.scan(lambda state, block: (join(state, block), None), (count, zeros(), zeros(), seen), blocks)
+        if whole < n:
+            state = join(state, jax.tree.map(lambda leaf: leaf[whole:], batch))
+        _, mean, spread, seen = state
+    for table, part in tables.items():
+        both = over_all(seen[table], n)
+        mean[table], spread[table] = (part.uses[0].to_leaf(one, leaves[table]) for one in both)
+    return [mean[k] for k in range(len(leaves))], [spread[k] for k in range(len(leaves))]
 
 
 def _wide(leaf: Array) -> Any:
@@ -156,6 +171,25 @@ def _wide(leaf: Array) -> Any:
 def _is_one_product(part: Part) -> bool:
     """Used at one position an example: the gradient is one outer product."""
     return len(part.sizes) == 1 and part.sizes[0].positions == 1
+
+
+def _is_table(part: Part) -> bool:
+    """Used by index alone: the gradient is zero in the rows that an example does not take."""
+    return bool(part.uses) and not part.mirrored and all(isinstance(use, Lookup) for use in part.uses)
+
+
+def _example_bytes(model: FactoredModel) -> int:
+    """What one example of a block holds: its passes through the model, and what becomes of its factors."""
+    return example_bytes(model, []) + sum(map(_numbers, model.parts)) * max(model.dtype.itemsize, 4)
+
+
+def _numbers(part: Part) -> int:
+    """Numbers held of one example for a part: factors, and what is formed of them."""
+    if _is_table(part):
+        groups, positions, _, outputs = part.sizes[0]
+        return 4 * groups * positions * (outputs + 1)
+    factors = sum(groups * positions * (inputs + outputs) for groups, positions, inputs, outputs in part.sizes)
+    return 2 * factors if _is_one_product(part) else factors + 2 * part.num_params
 
 
 def _of_part(part: Part, factors: Any, leaves: list[Array]) -> dict[int, tuple[Array, Array]]:
@@ -174,8 +208,6 @@ def _of_part(part: Part, factors: Any, leaves: list[Array]) -> dict[int, tuple[A
     if _is_one_product(part):
         seen, pulled = straight.activation[:, :, 0], straight.cotangent[:, 0, :, 0]
         n = seen.shape[0]
-        if jnp.issubdtype(seen.dtype, jnp.integer):
-            seen = jax.nn.one_hot(seen, part.sizes[0].inputs, dtype=pulled.dtype)
         seen, pulled = seen.astype(wide), pulled.astype(wide)
         mean = jnp.einsum("ngd,ngh->gdh", seen, pulled, precision=lax.Precision.HIGHEST) / n
         squares = jnp.einsum("ngd,ngh->gdh", seen**2, pulled**2, precision=lax.Precision.HIGHEST)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from entk._checks import ApplyFn, PyTree, check_apply_pair
 from entk._contractions import Contraction
-from entk._structured import Structured, matched, workspace
+from entk._structured import Structured, in_slices, matched, workspace
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def plan(
     models = matched(apply_fn, params, x1, x2)
     choices = strategy.choose(models[0], n1, n2)
     layout = strategy.layout(models[0], choices, n1, n2, x2 is None)
+    choices = in_slices(choices, c) if layout.triangle else choices
     pairs = n1 * (n1 + 1) // 2 if x2 is None else n1 * n2
     held = n1 if layout.triangle else layout.rows + layout.columns
     size = max(models[0].dtype.itemsize, 4)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,22 +13,27 @@ from jax import Array, lax
 
 from entk._checks import ApplyFn, OutputSpec, PyTree, check_fits
 from entk._contractions import CACHED_NUMBERS, Contraction, Cost, JacobianBlocks, PositionPairs
-from entk._factors import FactoredModel, Part
+from entk._factors import FactoredModel, Factors, Part
 from entk._jacobian import PRECISION, map_examples
 from entk._products import Sizes
 
 CHUNK_BYTES = 2**26  # of examples differentiated at once: more is no faster
 SMALLEST_TILE = 160  # rows of K: smaller matrices are multiplied more slowly than one triangle saves
 LARGEST_TILE = 640  # larger ones leave the cache between the products of one tile: half the speed at N = 10,000
+SLICE_NUMBERS = 4096  # of one row of a Jacobian formed in slices: below, adding to K costs as much as multiplying
 TILES = 8  # a side of the triangle where the size of tiles allows it; (1 + 1/8)/2 of K is computed
 
 
 class Choice(NamedTuple):
-    """What was chosen for one part, and what it costs an example and a pair of examples."""
+    """What was chosen for one part, and what it costs an example and a pair of examples.
+
+    Of a choice in several slices, the factors are kept (`cost.stored`), and its Jacobian is formed slice by slice.
+    """
 
     part: Part
     contraction: Contraction
     cost: Cost
+    slices: int = 1
 
 
 class Layout(NamedTuple):
@@ -121,7 +126,7 @@ class Structured:
                 f"workspace_bytes={self.workspace_bytes:,}. Pass a larger workspace_bytes, or use NtkOperator, which "
                 "forms no kernel."
             )
-        of_example = example_bytes(model, choices)
+        of_example = example_bytes(model, in_slices(choices, model.num_outputs) if layout.triangle else choices)
         left = min(self.workspace_bytes - workspace(model, choices, layout) + of_example, CHUNK_BYTES)
         return layout._replace(chunk=_whole_chunks(layout.rows, max(1, left // of_example)))
 
@@ -141,12 +146,19 @@ def example_bytes(model: FactoredModel, choices: list[Choice]) -> int:
 def workspace(model: FactoredModel, choices: list[Choice], layout: Layout) -> int:
     """Bytes held beside K: what is kept of the examples of a block, its copies while it is cut, tiles, one chunk."""
     size = model.dtype.itemsize
+    choices = in_slices(choices, model.num_outputs) if layout.triangle else choices
     stored = sum(choice.cost.stored for choice in choices) * size
     tile = 2 * max(choice.cost.tile for choice in choices) * max(size, 4)
     rows, columns = layout.rows, layout.columns
-    if layout.triangle:  # all examples, and twice the copies of one pair of tiles
+    if layout.triangle:  # all examples; a slice of them, and the copies of one pair of tiles
         rows = columns = tile_size(layout.rows, model.num_outputs)
-        held = layout.rows * stored + 2 * (rows + columns) * stored + rows * columns * tile
+        whole = sum(choice.cost.stored for choice in choices if choice.slices == 1)
+        slices = [
+            model.num_outputs * choice.part.num_params // choice.slices for choice in choices if choice.slices > 1
+        ]
+        of_slice = max(slices, default=0) * max(size, 4)
+        copies = max(whole * size * 2 * (rows + columns), of_slice * (layout.rows + 2 * (rows + columns)))
+        held = layout.rows * stored + copies + rows * columns * tile
     else:
         held = 2 * (rows + columns) * stored + rows * columns * tile
     pairs = rows * columns
@@ -156,6 +168,29 @@ def workspace(model: FactoredModel, choices: list[Choice], layout: Layout) -> in
         for sizes in (choice.part.sizes if choice.contraction.is_tiled(choice.part) else (Sizes(0, 0, 0, 0),))
     )
     return held + 2 * scratch * max(size, 4) + layout.chunk * example_bytes(model, choices)
+
+
+def in_slices(choices: list[Choice], num_outputs: int) -> list[Choice]:
+    """The choices for one triangle, with factors kept in place of Jacobian blocks that are larger.
+
+    The Jacobian of every output of a product can be formed and multiplied for itself; so it is, a slice of them for all
+    examples at a time.
+    """
+
+    def sliced(choice: Choice) -> Choice:
+        part = choice.part
+        if not isinstance(choice.contraction, JacobianBlocks) or not part.uses or part.mirrored:
+            return choice
+        groups, positions, inputs, outputs = part.sizes[0]
+        slices = max(
+            k for k in range(1, outputs + 1) if k == 1 or (outputs % k == 0 and part.num_params >= k * SLICE_NUMBERS)
+        )
+        factors = groups * positions * (inputs + num_outputs * outputs)
+        if factors + choice.cost.stored // slices >= choice.cost.stored:
+            return choice
+        return choice._replace(cost=replace(choice.cost, stored=factors), slices=slices)
+
+    return [sliced(choice) for choice in choices]
 
 
 def tile_size(n: int, num_outputs: int) -> int:
@@ -206,6 +241,7 @@ def _kernel(strategy: Structured, apply_fn, params, x1, x2):
 
     dtype = jnp.promote_types(models[0].dtype, jnp.float32)
     if triangle:
+        choices = in_slices(choices, c)
         return _one_triangle(choices, prepare(models[0], x1), n1, c, dtype, strategy.precision)
     if rows == n1 and columns == n2:
         return block(prepare(models[0], x1), prepare(models[1], x2))
@@ -233,8 +269,9 @@ def prepare_example(model: FactoredModel, choices: list[Choice], x_i: PyTree) ->
     """What every chosen contraction keeps of one example."""
     factors = model.factors(x_i)
     return [
-        choice.contraction.prepare(choice.part, one) for choice, one in zip(choices, factors, strict=True)
-    ]  # fmt: skip
+        choice.contraction.prepare(choice.part, one) if choice.slices == 1 else one[0]
+        for choice, one in zip(choices, factors, strict=True)
+    ]
 
 
 def contract(choices: Sequence[Choice], left: Sequence[PyTree], right: Sequence[PyTree], precision: Any) -> Array:
@@ -249,16 +286,56 @@ def contract(choices: Sequence[Choice], left: Sequence[PyTree], right: Sequence[
 def _one_triangle(choices: list[Choice], prepared: list[PyTree], n: int, c: int, dtype: Any, precision: Any) -> Array:
     """K of n prepared examples with itself: tiles on and below the diagonal, and their transposes.
 
-    A loop over pairs of tiles holds the copies of one pair at a time.
+    A loop over pairs of tiles holds the copies of one pair at a time. What is formed in slices is added first.
     """
     size = tile_size(n, c)
-    starts = [min(k * size, n - size) for k in range(-(-n // size))]  # the last tile overlaps the one before
+    first = [k * size for k in range(-(-n // size))]
+    starts = [min(k, n - size) for k in first]  # the last tile overlaps the one before
+    pairs = jnp.array(
+        [
+            (starts[row], starts[column], first[row], first[column])
+            for row in range(len(starts))
+            for column in range(row + 1)
+        ]
+    )
 
-    def fill(kernel, pair):
-        left, right = (jax.tree.map(lambda leaf, k=k: lax.dynamic_slice_in_dim(leaf, k, size), prepared) for k in pair)
-        values = contract(choices, left, right, precision)
-        kernel = lax.dynamic_update_slice(kernel, values, (pair[0] * c, pair[1] * c))
-        return lax.dynamic_update_slice(kernel, values.T, (pair[1] * c, pair[0] * c)), None
+    is_sum = any(choice.slices > 1 for choice in choices)
 
-    pairs = jnp.array([(row, column) for k, row in enumerate(starts) for column in starts[: k + 1]])
-    return lax.scan(fill, jnp.zeros((n * c, n * c), dtype), pairs)[0]
+    def add(choices, prepared, is_last):
+        def fill(kernel, pair):
+            row, column, new_row, new_column = pair
+            left, right = (
+                jax.tree.map(lambda leaf, k=k: lax.dynamic_slice_in_dim(leaf, k, size), prepared) for k in (row, column)
+            )
+            values = contract(choices, left, right, precision) if choices else jnp.zeros((size * c, size * c), dtype)
+            if is_sum:
+                if starts != first:  # entries of the overlap have been added before
+                    places = jnp.arange(size * c)
+                    is_new = (places >= (new_row - row) * c)[:, None] & (places >= (new_column - column) * c)
+                    values = jnp.where(is_new, values, 0)
+                values += lax.dynamic_slice(kernel, (row * c, column * c), values.shape)
+            kernel = lax.dynamic_update_slice(kernel, values, (row * c, column * c))
+            if is_last:
+                kernel = lax.dynamic_update_slice(kernel, values.T, (column * c, row * c))
+            return kernel, None
+
+        return lambda kernel: lax.scan(fill, kernel, pairs)[0]
+
+    kernel = jnp.zeros((n * c, n * c), dtype)
+    for choice, factors in zip(choices, prepared, strict=True):
+        if choice.slices > 1:
+            kernel = _add_slices(choice, factors, kernel, add)
+    whole = [k for k, choice in enumerate(choices) if choice.slices == 1]
+    return add([choices[k] for k in whole], [prepared[k] for k in whole], True)(kernel)
+
+
+def _add_slices(choice: Choice, factors: Factors, kernel: Array, add: Callable[..., Callable[[Array], Array]]) -> Array:
+    """K and the part's block of it, the Jacobian formed a slice of the product's outputs at a time."""
+    width = choice.part.sizes[0].outputs // choice.slices
+
+    def fill(kernel, start):
+        some = factors._replace(cotangent=lax.dynamic_slice_in_dim(factors.cotangent, start, width, -1))
+        formed = jax.vmap(lambda one: choice.contraction.prepare(choice.part, (one, None)))(some)
+        return add([choice], [formed], False)(kernel), None
+
+    return lax.scan(fill, kernel, width * jnp.arange(choice.slices))[0]

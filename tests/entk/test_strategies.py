@@ -20,7 +20,7 @@ from entk import (
     jacobian,
     plan,
 )
-from entk._structured import Layout, _kernel, matched, workspace
+from entk._structured import Layout, _kernel, in_slices, matched, workspace
 
 PAIRS, BLOCKS = Structured(contractions=(PositionPairs(),)), Structured(contractions=(JacobianBlocks(),))
 MODELS = {model.name: model for model in ZOO}
@@ -98,6 +98,33 @@ def test_one_triangle_in_pieces_is_the_whole_kernel(n):
         chosen = plan(sequence_model, params, x, strategy=strategy)
         assert chosen.triangle == (strategy.workspace_bytes > 1_000_000)
         assert_close(empirical_ntk(sequence_model, params, x, strategy=strategy), jac @ jac.T, 1e-10)
+
+
+@pytest.mark.parametrize("n", [40, 61])
+@pytest.mark.parametrize("every_leaf", [False, True])
+def test_jacobians_formed_in_slices_make_the_same_kernel(monkeypatch, n, every_leaf):
+    """Leaves with and without biases, in groups (a scan's layers), beside leaves whose Jacobian is kept, or alone."""
+    monkeypatch.setattr("entk._structured.SLICE_NUMBERS", 8)
+    rng = np.random.default_rng(0)
+    shapes = {"w_in": (9, 6), "b_in": (6,), "layers": (2, 6, 6), "w_out": (6, 12)}
+    params = {name: rng.normal(size=shape) / 2 for name, shape in shapes.items()}
+
+    def model(params, x):
+        hidden = jnp.tanh(x @ params["w_in"] + params["b_in"])
+        if every_leaf:
+            return jnp.sin(hidden @ params["w_out"]).sum(1)
+        hidden, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h + h[:, ::-1] @ w), None), hidden, params["layers"])
+        return jnp.sin(hidden.mean(1) @ params["w_out"]) * params["b_in"].sum()  # which leaves b_in to autodiff
+
+    if every_leaf:
+        del params["layers"]
+    x = rng.normal(size=(n, 2, 9))
+    choices = in_slices(BLOCKS.choose(matched(model, params, x, None)[0], n, n), 12)
+    sliced = [choice.slices > 1 for choice in choices]
+    assert all(sliced) if every_leaf else {True, False} == set(sliced)
+    assert not every_leaf or choices[0].part.has_bias
+    (jac,) = rows(model, params, x)
+    assert_close(empirical_ntk(model, params, x, strategy=BLOCKS), jac @ jac.T, 1e-10)
 
 
 @pytest.mark.parametrize("name", ["mlp_tanh", "cnn_stride_2", "recurrent", "attention_with_tied_embeddings"])
@@ -281,6 +308,21 @@ def test_the_workspace_is_kept(name, examples):
     assert chosen.triangle == (examples is None)
     taken = _kernel.lower(strategy, model, params, x, None).compile().memory_analysis().temp_size_in_bytes
     assert taken <= min(strategy.workspace_bytes, chosen.bytes - 8 * chosen.shape[0] ** 2)
+
+
+def test_a_jacobian_larger_than_its_factors_is_never_held():
+    """A dense layer over 32 positions of 128 examples, whose Jacobian takes 80 MiB."""
+    params = {"w": jax.ShapeDtypeStruct((128, 128), jnp.float32), "out": jax.ShapeDtypeStruct((128, 10), jnp.float32)}
+    x = jax.ShapeDtypeStruct((128, 32, 128), jnp.float32)
+
+    def model(params, x):
+        return jnp.tanh(x @ params["w"]).mean(1) @ params["out"]
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (params, x))
+    assert plan(model, *zeros).leaves[1].contraction == JacobianBlocks()
+    memory = _kernel.lower(Structured(), model, params, x, None).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.6 * 4 * 128 * 10 * 128 * 128
+    assert memory.temp_size_in_bytes < plan(model, *zeros).bytes
 
 
 def test_a_budget_too_small_for_one_example_is_refused():
