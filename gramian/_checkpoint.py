@@ -15,7 +15,7 @@ from gramian._fingerprint import differing, digests, program, text
 from gramian._folder import Folder, absolute
 from gramian._integrator import FlowState, Integrator, StepInfo
 from gramian._leaves import characters, flatten, unflatten
-from gramian._stash import Damaged, read_arrays, write_arrays
+from gramian._stash import read_save, write_arrays
 
 PyTree = Any
 KIND = "flow checkpoint"
@@ -78,20 +78,15 @@ class Checkpoint:
         self._folder = folder = Folder(self.directory, KIND)
         folder.claim()
         try:
-            folder.clear()
-            for step, path in reversed(folder.saves()):
-                try:
-                    tree = read_arrays(path)
-                except Damaged as damaged:
-                    kept = folder.set_aside(path)
-                    print(f"checkpoint {step} in {folder.path} {damaged.reason}; it is kept as {kept}. Going back one.")
-                    continue
-                except OSError as error:
-                    raise OSError(
-                        error.errno, f"{path} cannot be read now ({error.strerror}). Nothing was changed: try again"
-                    ) from error
+            read = [(step, path, *read_save(path)) for step, path in reversed(folder.saves())]
+            for *_, tree, _ in read:  # before anything is moved: another problem's are not ours to move
                 self._check_same(tree)
-                return _restored(integrator, state, tree)
+            for step, path, tree, reason in read:
+                if tree is not None:
+                    return _restored(integrator, state, tree)
+                kept = folder.set_aside(path)
+                print(f"checkpoint {step} in {folder.path} {reason}; it is kept as {kept}. Going back one.")
+            folder.clear()
         except BaseException:
             self.close()
             raise
@@ -130,7 +125,9 @@ class Checkpoint:
             self._folder.release()
         self._folder = None
 
-    def _check_same(self, tree: dict[str, np.ndarray]) -> None:
+    def _check_same(self, tree: dict[str, np.ndarray] | None) -> None:
+        if tree is None:
+            return
         differ = differing(json.loads(tree["identity"].tobytes()), self._identity)
         start = _under("start", tree)
         for key, expected in self._start.items() if not differ else ():

@@ -87,6 +87,7 @@ class Flow:
         return self.loss.grad(self.source.outputs(params)[0])
 
 
+@interruptible(lambda: "Interrupted before the first step; the same call begins anew.")
 def gradient_flow(
     apply_fn: Any,
     params: PyTree,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-PATIENCE = 1.0  # seconds a signal waits for `answer()`; then it is answered wherever Python is
+PATIENCE = 0.5  # seconds a signal waits for `answer()`; then it is answered wherever Python is
 _asked: list[int] = []  # signals that wait for an answer
 _alarms: list[threading.Timer] = []
 _entered = False
@@ -23,7 +23,7 @@ def interruptible(how_to_go_on: Callable[[], str]) -> Iterator[None]:
 
     Ctrl-C then raises KeyboardInterrupt, as ever; if nobody catches it, its traceback is left out. SIGTERM ends the
     process, as ever. Handlers that a program has set itself stay, and so does everything outside of the main thread.
-    Where several are nested the innermost knows best how to go on.
+    Where several are nested the innermost knows best how to go on. It also decorates functions.
     """
     global _entered
     if threading.current_thread() is not threading.main_thread():

@@ -25,7 +25,7 @@ from gramian._frozen_update import ExtraArgs
 from gramian._interrupts import Pace, answer, interruptible
 from gramian._leaves import characters, pack, unpack
 from gramian._losses import OutputLoss
-from gramian._stash import Damaged, read_arrays, write_arrays
+from gramian._stash import read_save, write_arrays
 from gramian._training_steps import TrainState, check_training, train
 
 PyTree = Any
@@ -205,14 +205,14 @@ class Recorder:
     def _resume(self, folder: Folder, given: TrainState, batches: np.ndarray | None) -> tuple[int, TrainState]:
         at, state, saves = 0, given, folder.saves()
         for place, (number, path) in enumerate(saves):
-            chunk, reason = _read(path)
+            chunk, reason = read_save(path)
             if chunk is not None:
                 self._check_same(chunk)
                 if chunk["steps"][0] != at:
                     chunk, reason = None, f"begins at step {chunk['steps'][0]}"
             if chunk is None:
                 rest = saves[place:]
-                for later in [_read(path)[0] for _, path in rest]:  # another run's are not ours to move
+                for later in [read_save(path)[0] for _, path in rest]:  # another run's are not ours to move
                     self._check_same(later)
                 for _, path in rest:
                     folder.set_aside(path)
@@ -346,7 +346,7 @@ class Recording:
         starts = [0, *(number for number, _ in saves[:-1])]
         whole = list(zip(starts, saves, strict=True))
         for start, (number, path) in reversed(whole) if backwards else whole:
-            chunk, reason = _read(path)
+            chunk, reason = read_save(path)
             if chunk is not None and chunk["steps"][0] != start:
                 chunk, reason = None, f"begins at step {chunk['steps'][0]}"
             if chunk is None:
@@ -376,6 +376,7 @@ class Recording:
         return parts
 
 
+@interruptible(lambda: "Interrupted before the first step; the same call begins anew.")
 def record_training(
     apply_fn: Any,
     params: PyTree,
@@ -475,18 +476,6 @@ def _identity_of(apply_fn, start: TrainState, x_s, loss, optimizer, batch, extra
         "targets": loss.targets,
         "x_s": x_s,
     }
-
-
-def _read(path: Path) -> tuple[dict[str, np.ndarray] | None, str]:
-    """A save, or how it is damaged."""
-    try:
-        return read_arrays(path), ""
-    except Damaged as damaged:
-        return None, damaged.reason
-    except OSError as error:
-        raise OSError(
-            error.errno, f"{path} cannot be read now ({error.strerror}). Nothing was changed: try again"
-        ) from error
 
 
 def _of_another_run(directory: Any, differ: list[str]) -> str:

@@ -64,6 +64,18 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     return {name: np.load(stream, allow_pickle=False) for name in names}
 
 
+def read_save(path: Path) -> tuple[dict[str, np.ndarray] | None, str]:
+    """A save, or None and how it is damaged; OSError where the disk does not give it, which proves nothing."""
+    try:
+        return read_arrays(path), ""
+    except Damaged as damaged:
+        return None, damaged.reason
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{path} cannot be read now ({error.strerror}). Nothing was changed: try again"
+        ) from error
+
+
 def write_tree(path: Path, tree: PyTree) -> None:
     """Writes the leaves of a pytree, as bytes: files know nothing of bfloat16."""
     leaves = jax.tree.leaves(jax.device_get(tree))
