@@ -183,8 +183,11 @@ class RealizedPath:
             def place(segment):
                 return folder / f"{segment.step}.save"
 
+            def keep_state(segment, *state):
+                write_tree(place(segment), state, f"{trail.name}/{segment.step}")
+
             if quadratic and left > end:
-                self._forward(psi, trail, lambda segment, *state: write_tree(place(segment), state))
+                self._forward(psi, trail, keep_state)
                 trail.keep("backward", (np.asarray(end), back), force=True)
             passed = []
             for segment in self._track("backwards", len(psi)):
@@ -195,7 +198,7 @@ class RealizedPath:
                 # Where no quadratic form is differentiated the map is linear, and where it is taken does not matter.
                 ones, probes = shared.ones, nothing
                 if quadratic:
-                    ones, probes = read_tree(place(segment), (ones, probes))
+                    ones, probes = read_tree(place(segment), (ones, probes), f"{trail.name}/{segment.step}")
                     passed.append(place(segment))
                 here = shared._replace(state=segment.start, ones=ones)
                 back = _backward(*self._static, self.data, here, probes, jnp.asarray(segment.batches), back, sources)
@@ -224,12 +227,12 @@ class RealizedPath:
         result = None
         while result is None:
             try:
-                result = jax.tree.map(jnp.asarray, read_tree(path, template)) if path.exists() else compute(trail)
+                result = jax.tree.map(jnp.asarray, read_tree(path, template, name)) if path.exists() else compute(trail)
             except Damaged as damaged:
                 kept = folder.set_aside(path if path.exists() else folder.path / name)
                 print(f"{damaged}. It is kept as {kept}, and the sweep is computed again.")
         if not path.exists():
-            write_tree(path, result)
+            write_tree(path, result, name)
         trail.remove()
         return result
 

@@ -208,8 +208,7 @@ class Recorder:
             chunk, reason = read_save(path)
             if chunk is not None:
                 self._check_same(chunk)
-                if chunk["steps"][0] != at:
-                    chunk, reason = None, f"begins at step {chunk['steps'][0]}"
+                chunk, reason = _fitting(chunk, at, number)
             if chunk is None:
                 rest = saves[place:]
                 for later in [read_save(path)[0] for _, path in rest]:  # another run's are not ours to move
@@ -347,8 +346,8 @@ class Recording:
         whole = list(zip(starts, saves, strict=True))
         for start, (number, path) in reversed(whole) if backwards else whole:
             chunk, reason = read_save(path)
-            if chunk is not None and chunk["steps"][0] != start:
-                chunk, reason = None, f"begins at step {chunk['steps'][0]}"
+            if chunk is not None:
+                chunk, reason = _fitting(chunk, start, number)
             if chunk is None:
                 raise ValueError(
                     f"save {number} in {self.directory} cannot be used (it {reason}). Record the run again with the "
@@ -476,6 +475,14 @@ def _identity_of(apply_fn, start: TrainState, x_s, loss, optimizer, batch, extra
         "targets": loss.targets,
         "x_s": x_s,
     }
+
+
+def _fitting(chunk: dict[str, np.ndarray], start: int, end: int) -> tuple[dict[str, np.ndarray] | None, str]:
+    """The save, or None and the reason, if it is not of the steps from `start` to `end`."""
+    first, num_steps = int(chunk["steps"][0]), len(chunk["batches"])
+    if (first, first + num_steps) == (start, end):
+        return chunk, ""
+    return None, f"holds the steps from {first} to {first + num_steps}, not from {start} to {end}"
 
 
 def _of_another_run(directory: Any, differ: list[str]) -> str:

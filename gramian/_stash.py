@@ -76,21 +76,22 @@ def read_save(path: Path) -> tuple[dict[str, np.ndarray] | None, str]:
         ) from error
 
 
-def write_tree(path: Path, tree: PyTree) -> None:
-    """Writes the leaves of a pytree, as bytes: files know nothing of bfloat16."""
+def write_tree(path: Path, tree: PyTree, what: str = "") -> None:
+    """Writes the leaves of a pytree, as bytes: files know nothing of bfloat16; `what` says what it is."""
     leaves = jax.tree.leaves(jax.device_get(tree))
-    write_arrays(path, {f"{i:04d}": as_bytes(leaf) for i, leaf in enumerate(leaves)})
+    write_arrays(path, {f"what {what}": np.zeros(0)} | {f"{i:04d}": as_bytes(leaf) for i, leaf in enumerate(leaves)})
 
 
-def read_tree(path: Path, template: PyTree) -> PyTree:
+def read_tree(path: Path, template: PyTree, what: str = "") -> PyTree:
     """The tree in the structure, shapes and dtypes of `template`; `Damaged` where it is another, or is missing."""
     leaves, structure = jax.tree.flatten(template)
     try:
-        found = list(read_arrays(path).values())
+        (told, _), *named = read_arrays(path).items()
     except FileNotFoundError:
         raise Damaged(path, "is missing") from None
+    found = [array for _, array in named]
     sizes = [np.prod(leaf.shape, dtype=int) * leaf.dtype.itemsize for leaf in leaves]
-    if sizes != [one.size for one in found]:
+    if told != f"what {what}" or sizes != [one.size for one in found]:
         raise Damaged(path, "holds something else than is looked for")
     arrays = [one.view(leaf.dtype).reshape(leaf.shape) for one, leaf in zip(found, leaves, strict=True)]
     return jax.tree.unflatten(structure, arrays)
@@ -108,7 +109,7 @@ class Trail:
     FILES = re.compile(r"(forward|backward|\d+)\.save(\.partial)?")
 
     def __init__(self, store: Folder | None, name: str, every_seconds: float):
-        self._store, self._every, self._last = store, every_seconds, time.monotonic()
+        self._store, self.name, self._every, self._last = store, name, every_seconds, time.monotonic()
         self.folder = None if store is None else store.path / name
 
     def path(self, name: str) -> Path:
@@ -121,7 +122,7 @@ class Trail:
         if self._store is None or not path.exists():
             return start
         try:
-            return read_tree(path, start)
+            return read_tree(path, start, f"{self.name}/{name}")
         except Damaged as damaged:
             print(f"{damaged}; it is kept as {self._store.set_aside(path)}, and computed again.")
             return start
@@ -130,7 +131,7 @@ class Trail:
         """Keeps `tree` if it is time, or `force` is set; says whether it did."""
         if self.folder is None or not (force or time.monotonic() - self._last >= self._every):
             return False
-        write_tree(self.path(name), tree)
+        write_tree(self.path(name), tree, f"{self.name}/{name}")
         self._last = time.monotonic()
         return True
 
