@@ -125,6 +125,15 @@ class Checkpoint:
             self._folder.release()
         self._folder = None
 
+    def remove(self) -> None:
+        """Removes the saves, once what they led to is kept elsewhere; whatever else is in the folder stays.
+
+        Raises:
+          ValueError: a folder that holds something else.
+          RuntimeError: a folder that a flow is saving to.
+        """
+        Folder(self.directory, KIND).remove()
+
     def _check_same(self, tree: dict[str, np.ndarray] | None) -> None:
         if tree is None:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -63,7 +64,7 @@ class Folder:
             self._unlock = weakref.finalize(self, _unlock, _lock(self.path, self.kind))
             if not marked and not self._check_mark():
                 partial = self.path / f"{MARKER}.partial"
-                partial.write_text(json.dumps({"kind": self.kind, "format": FORMAT}) + "\n")
+                partial.write_text(f"{mark_of(self.kind)}\n")
                 partial.replace(self.path / MARKER)
         except OSError as error:
             self.release()
@@ -78,6 +79,18 @@ class Folder:
         """Gives the claim back."""
         if self._unlock is not None:
             self._unlock()
+
+    def remove(self) -> None:
+        """Removes what is ours; the folder too, if that was all. One that is not ours is refused as by `claim`."""
+        if not self.path.exists():
+            return
+        with self:
+            self.clear()
+            for path in (*(path for _, path in self.saves()), self.path / MARKER):
+                path.unlink()
+        (self.path / LOCK).unlink()
+        with contextlib.suppress(OSError):  # it holds something else
+            self.path.rmdir()
 
     def check(self) -> None:
         """For readers: that the folder holds what it is said to hold.
@@ -122,6 +135,11 @@ class Folder:
         except FileNotFoundError:
             passing = {LOCK, f"{MARKER}.partial"}  # what a kill leaves of a claim that had just begun
             others = sorted(path.name for path in self.path.iterdir() if path.name not in passing)
+            if others and all(SAVE.fullmatch(name) or name == ASIDE for name in others):
+                raise ValueError(
+                    f"{self.path} holds saves, and no {MARKER} that says of what. If they are a {self.kind}, write "
+                    f"{mark_of(self.kind)} into that file and start again. {own}"
+                ) from None
             if others:
                 shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
                 raise ValueError(f"{self.path} holds files that gramian did not write ({shown}). {own}") from None
@@ -129,7 +147,7 @@ class Folder:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.path / MARKER} is damaged, and nothing was touched. If the folder holds a {self.kind}, write "
-                f"{json.dumps({'kind': self.kind, 'format': FORMAT})} into that file and start again."
+                f"{mark_of(self.kind)} into that file and start again."
             ) from error
         if kind != self.kind:
             raise ValueError(f"{self.path} holds a {kind}, not a {self.kind}. {own}")
@@ -139,6 +157,11 @@ class Folder:
                 f"alone. {own}"
             )
         return True
+
+
+def mark_of(kind: str) -> str:
+    """What the marker of such a folder says."""
+    return json.dumps({"kind": kind, "format": FORMAT})
 
 
 def absolute(directory: str | os.PathLike[str]) -> Path:

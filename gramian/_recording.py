@@ -54,7 +54,7 @@ class Recorder:
     `start` before the loop, `update` after every step (or every few), `close` at the end. The state is kept every
     `every` steps, the batches of all steps; what lies between is computed again when it is wanted. A killed run goes on
     from the last save: the loop asks `start` where. Inside `with recorder:` a loop that is interrupted, or fails, also
-    writes what it has kept.
+    writes what it has kept; Ctrl-C and SIGTERM are answered after the next `update`, with a line on how to go on.
 
     From `start` to `close` the folder is locked: a second recorder there is refused, in this process or another.
     Readers may come and go meanwhile.
@@ -101,6 +101,7 @@ class Recorder:
     _last: float = field(default=0.0, init=False, repr=False)
     _thread: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
     _writing: Future | None = field(default=None, init=False, repr=False)
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False, repr=False)
 
     def __post_init__(self):
         self.directory = absolute(self.directory)
@@ -108,9 +109,15 @@ class Recorder:
         self.save_bytes = check_count("save_bytes", self.save_bytes)
 
     def __enter__(self) -> Recorder:
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(interruptible(self._how_to_go_on))
+        self._stack.push(self._end)
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, *exception) -> None:
+        self._stack.__exit__(*exception)
+
+    def _end(self, kind, *_) -> None:
         if self._folder is None:
             return
         if kind is None:
@@ -165,6 +172,10 @@ class Recorder:
         indices = np.atleast_2d(np.asarray(indices, np.int32))
         if self._batches and indices.shape[1:] != self._batches[0].shape:
             raise ValueError(f"a batch of {indices.shape[1]} examples follows one of {len(self._batches[0])}.")
+        self._take(indices, params, opt_state)
+        answer()
+
+    def _take(self, indices: np.ndarray, params: PyTree, opt_state: PyTree) -> None:
         before = self._step
         self._step += len(indices)
         self._batches.extend(indices)
@@ -197,10 +208,11 @@ class Recorder:
         finally:
             self._release()
 
-    @property
-    def saved(self) -> int:
-        """The step that the run goes on from, should it end now."""
-        return self._saved
+    def _how_to_go_on(self) -> str:
+        return (
+            f"Interrupted at step {self._step}. Recorded in {self.directory} up to step {self._saved}; started again, "
+            "the same run goes on from there."
+        )
 
     def _resume(self, folder: Folder, given: TrainState, batches: np.ndarray | None) -> tuple[int, TrainState]:
         at, state, saves = 0, given, folder.saves()
@@ -430,15 +442,8 @@ def record_training(
             f"batches holds indices from {batches.min()} to {batches.max()}, but x_s has {num_examples} examples."
         )
     params = jax.tree.map(jnp.asarray, params)
-    start, step, pace = TrainState(params, optimizer.init(params)), 0, Pace()
-
-    def how_to_go_on() -> str:
-        return (
-            f"Interrupted at step {step} of {len(batches)}. Recorded in {recorder.directory} up to step "
-            f"{recorder.saved}; the same call goes on from there."
-        )
-
-    with interruptible(how_to_go_on), recorder:
+    start, pace = TrainState(params, optimizer.init(params)), Pace()
+    with recorder:
         identity = _identity_of(apply_fn, start, x_s, loss, optimizer, batches[0], extra_args)
         weights, opt_state, step = recorder.start(*start, identity=identity, batches=batches)
         if step > len(batches):

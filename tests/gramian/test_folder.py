@@ -168,6 +168,34 @@ def test_a_claim_that_was_killed_is_taken_up(tmp_path):
     assert write_recording(tmp_path)[1].num_steps == len(BATCHES)
 
 
+def test_saves_without_a_mark_say_how_to_mark_them(tmp_path):
+    write_recording(tmp_path)
+    (tmp_path / "gramian.json").unlink()
+    with pytest.raises(ValueError, match=r"If they are a recording, write (.*) into that file") as refused:
+        write_recording(tmp_path)
+    (tmp_path / "gramian.json").write_text(re.search("write (.*) into", str(refused.value))[1])
+    assert write_recording(tmp_path)[1].num_steps == len(BATCHES)
+
+
+def test_removing_takes_what_is_ours(tmp_path):
+    Checkpoint(tmp_path / "absent").remove()
+    write_checkpoint(tmp_path / "flow")
+    Checkpoint(tmp_path / "flow").remove()
+    assert list(tmp_path.iterdir()) == []
+    write_checkpoint(tmp_path / "flow")
+    (tmp_path / "flow" / "notes").write_text("mine")
+    Checkpoint(tmp_path / "flow").remove()
+    assert [path.name for path in (tmp_path / "flow").iterdir()] == ["notes"]
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"did not write \(notes\)"):
+        Checkpoint(tmp_path / "flow").remove()
+    assert contents(tmp_path) == before
+    write_recording(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a recording, not a flow checkpoint"):
+        Checkpoint(tmp_path / "run").remove()
+    assert write_recording(tmp_path / "run")[1].num_steps == len(BATCHES)
+
+
 # --------------------------------------------------------------------------------------------------------------- locks
 
 
@@ -204,9 +232,11 @@ sys.stdin.read()
 def test_a_forked_child_does_not_hold_on(tmp_path):
     folder = Folder(tmp_path, "recording")
     folder.claim()
-    stop = multiprocessing.get_context("fork").Event()
-    child = multiprocessing.get_context("fork").Process(target=stop.wait, daemon=True)
+    fork = multiprocessing.get_context("fork")
+    runs, stop = fork.Event(), fork.Event()
+    child = fork.Process(target=lambda: (runs.set(), stop.wait()), daemon=True)
     child.start()
+    assert runs.wait(30)
     with pytest.raises(RuntimeError, match="is being written"):
         Folder(tmp_path, "recording").claim()
     folder.release()

@@ -57,7 +57,7 @@ def test_a_process_ends_with_one_line(number, tmp_path):
     assert process.returncode == -number
     assert out == ""
     assert err.startswith("Interrupted at step ")
-    assert err.endswith("the same call goes on from there.\n")
+    assert err.endswith("the same run goes on from there.\n")
     assert err.count("\n") == 1
     assert not list((tmp_path / "run").glob("*.partial"))
 
@@ -94,11 +94,35 @@ def test_a_recording_keeps_what_it_has(tmp_path, monkeypatch, capsys):
     assert line == str(raised.value)
     kept = int(max(path.stem for path in (tmp_path / "cut").glob("*.save")))
     assert kept == 40
-    assert line.startswith(f"Interrupted at step {kept} of 60. Recorded in {tmp_path / 'cut'} up to step {kept}; ")
+    assert line.startswith(f"Interrupted at step {kept}. Recorded in {tmp_path / 'cut'} up to step {kept}; ")
     again, run = record(tmp_path / "cut", OPTIMIZERS["adam"], batches=batches, every=8)
     for name in whole:
         np.testing.assert_array_equal(whole[name], again[name])
     assert run.num_steps == len(batches)
+
+
+def test_a_loop_of_ones_own(tmp_path, capsys):
+    """Inside `with recorder`: answered after the next update, which is kept."""
+    with pytest.raises(KeyboardInterrupt):
+        loop(Recorder(tmp_path, every=1), lambda step: step == 3 and signal.raise_signal(signal.SIGINT))
+    assert one_line(capsys).startswith(f"Interrupted at step 4. Recorded in {tmp_path} up to step 4;")
+    assert loop(Recorder(tmp_path, every=1), lambda step: None) == 4
+
+
+def test_a_loop_that_fails_keeps_what_it_has(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        loop(Recorder(tmp_path, every=2), lambda step: 1 // (5 - step))
+    assert loop(Recorder(tmp_path, every=2), lambda step: None) == 4
+
+
+def loop(recorder, happens):
+    """Ten steps of a loop of one's own; where it began."""
+    with recorder:
+        *_, start = recorder.start(PARAMS, ())
+        for step in range(start, 10):
+            happens(step)
+            recorder.update([step], PARAMS, ())
+    return start
 
 
 def test_a_flow_keeps_its_last_step(tmp_path, monkeypatch, capsys):
