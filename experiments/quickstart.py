@@ -8,7 +8,6 @@ loss; corrupted labels show what becomes of noise.
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +150,7 @@ def main(settings: Annotated[Quickstart, tyro.conf.arg(name="")] = Quickstart())
         console.print(f"This takes about {_estimate(settings, case):.0f} s here.")
     checkpoint = Checkpoint(out / "checkpoint")
     if settings.fresh:
-        shutil.rmtree(checkpoint.directory, ignore_errors=True)
+        checkpoint.remove()
     resumed = Path(checkpoint.directory).exists()
     start = time.perf_counter()
     report = analyze(
@@ -171,7 +170,7 @@ def main(settings: Annotated[Quickstart, tyro.conf.arg(name="")] = Quickstart())
     seconds = time.perf_counter() - start
     console.print(report)
     summary = _write(report, settings, out, None if resumed else round(seconds, 1))
-    shutil.rmtree(checkpoint.directory)  # everything it held is written now
+    checkpoint.remove()  # everything it held is written now
     console.print(
         f"{seconds:.0f} s{' since the interruption' if resumed else ''}. Figures and numbers are in {out}: "
         "overview.png first, report.json for the numbers."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from gramian._checkpoint import Checkpoint
 from gramian._checks import check_problem, check_times
 from gramian._controllers import AdaptiveStep, Controller
 from gramian._integrator import FlowState, Integrator
+from gramian._interrupts import answer, interruptible
 from gramian._losses import OutputLoss
 from gramian._observables import Observable
 from gramian._operators import Operators
@@ -85,6 +87,7 @@ class Flow:
         return self.loss.grad(self.source.outputs(params)[0])
 
 
+@interruptible(lambda: "Interrupted before the first step; the same call begins anew.")
 def gradient_flow(
     apply_fn: Any,
     params: PyTree,
@@ -134,6 +137,7 @@ def gradient_flow(
       MemoryError: Jacobian and operators would not fit; nothing has been allocated then.
       RuntimeError: more than max_num_steps.
       FloatingPointError: no step, however short, is good enough.
+      OSError: a checkpoint's folder that cannot be written to or read; what was saved stays.
 
     Not supported: preconditioned, stochastic or momentum dynamics; N so large that N × N matrices do not fit.
 
@@ -160,14 +164,30 @@ def gradient_flow(
     check_problem(source, loss, params)
     params = jax.tree.map(jnp.asarray, params)
     integrator = Integrator(source, loss, stepper, controller, dict(observables or {}))
-    state = integrator.init(params, t0)
     infos: list = []
     saved: list = []
-    if checkpoint is not None:
-        state, infos, saved = checkpoint.restore(integrator, state, t1, save_at)
     stops = [*sorted(save_at), t1]
-    with Progress(t0, t1, enabled=progress) as bar:
+
+    def how_to_go_on() -> str:
+        reached = f"Interrupted at t = {infos[-1].t if infos else t0:.3g} of {t1:.3g}."
+        if checkpoint is None:
+            return f"{reached} Nothing was kept: with checkpoint=Checkpoint(folder) the same call goes on from there."
+        return f"{reached} Saved in {checkpoint.directory}; the same call goes on from there."
+
+    def save(*, force: bool) -> None:
+        if checkpoint is not None and infos:
+            checkpoint.save(state, infos, saved, force=force)
+
+    with (
+        interruptible(how_to_go_on),
+        contextlib.closing(checkpoint) if checkpoint else contextlib.nullcontext(),
+        Progress(t0, t1, enabled=progress) as bar,
+    ):
+        state = integrator.init(params, t0)
+        if checkpoint is not None:
+            state, infos, saved = checkpoint.restore(integrator, state, t1, save_at)
         while state.t < t1:
+            answer(lambda: save(force=True))
             if state.num_steps >= max_num_steps:
                 raise RuntimeError(
                     f"the flow is at t={state.t:.6g} of {t1:.6g} after max_num_steps={max_num_steps} steps. Raise "
@@ -179,8 +199,7 @@ def gradient_flow(
             if state.t == t_end and t_end in save_at:
                 saved.append(state.params)
             bar.update(state.t, info.loss, state.num_steps)
-            if checkpoint is not None:
-                checkpoint.save(state, infos, saved, force=state.t >= t1)
+            save(force=state.t >= t1)
     saved_at = dict(zip(sorted(set(save_at)), saved, strict=True))
     return _finish(integrator, params, state, infos, [saved_at[t] for t in save_at], t0)
 

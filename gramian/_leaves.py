@@ -12,10 +12,10 @@ PyTree = Any
 
 
 def digest(tree: PyTree) -> str:
-    """Of names, dtypes, shapes and bytes of all leaves: Orbax stores larger arrays without a checksum."""
+    """Of names, dtypes, shapes and bytes of all leaves."""
     hashed = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
+        array = as_array(leaf)
         hashed.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode() + array.tobytes())
     return hashed.hexdigest()
 
@@ -25,8 +25,8 @@ def characters(text: str) -> np.ndarray:
 
 
 def flatten(tree: PyTree) -> dict[str, np.ndarray]:
-    """Leaves by position. Empty arrays are left out: they hold nothing, and not every storage takes them."""
-    leaves = enumerate(np.asarray(leaf) for leaf in jax.tree.leaves(tree))
+    """Leaves by position. Empty arrays are left out: they hold nothing."""
+    leaves = enumerate(as_array(leaf) for leaf in jax.tree.leaves(tree))
     return {f"{i:04d}": leaf for i, leaf in leaves if leaf.size}
 
 
@@ -37,14 +37,14 @@ def unflatten(template: PyTree, leaves: dict[str, np.ndarray]) -> PyTree:
 
 
 def pack(tree: PyTree) -> np.ndarray:
-    """All leaves as one row of bytes: a file of one array is written many times faster than one of hundreds."""
-    return np.concatenate([_bytes(leaf) for leaf in jax.tree.leaves(tree)])
+    """All leaves as one row of bytes."""
+    return np.concatenate([np.zeros(0, np.uint8), *(as_bytes(leaf) for leaf in jax.tree.leaves(tree))])
 
 
 def unpack(template: PyTree, row: np.ndarray) -> PyTree:
     """What `pack` packed, in the structure, shapes and dtypes of `template`; ValueError where it has another size."""
     flat, structure = jax.tree.flatten(template)
-    arrays = [np.asarray(old) for old in flat]
+    arrays = [as_array(old) for old in flat]
     ends = np.cumsum([0, *(array.nbytes for array in arrays)])
     if ends[-1] != row.size:
         raise ValueError(f"it holds states of {row.size} bytes, this model and optimizer have {ends[-1]}")
@@ -55,9 +55,20 @@ def unpack(template: PyTree, row: np.ndarray) -> PyTree:
     return jax.tree.unflatten(structure, found)
 
 
-def _bytes(leaf: Any) -> np.ndarray:
-    return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+def as_bytes(leaf: Any) -> np.ndarray:
+    return np.ascontiguousarray(as_array(leaf)).reshape(-1).view(np.uint8)
+
+
+def as_array(leaf: Any) -> np.ndarray:
+    """A leaf's numbers; of a random key, those that it is made of."""
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _like(old, new):
+    if _is_key(old):
+        return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
     return type(old)(new) if isinstance(old, (int, float)) else jax.numpy.asarray(new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +16,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from entk._checks import check_apply, check_count, check_fits
+from gramian._folder import Folder, absolute
 from gramian._frozen_update import FrozenUpdate
+from gramian._interrupts import answer, interruptible
 from gramian._leaves import digest
 from gramian._realized_step import Data, Probes, Shared, Sums, no_sums, realized_step, rows, start_probes
 from gramian._recording import Recording
 from gramian._stash import Damaged, Trail, read_tree, write_tree
 
 PyTree = Any
-STEPS_AT_ONCE = 16  # whose probes and linearisations a backward sweep holds
+STEPS_AT_ONCE = 16  # at most, whose probes and linearisations a backward sweep holds
+FLOPS_AT_ONCE = 2e9  # and at least one step: no signal is answered within a call
 KEEP_SECONDS = 2.0  # least time between two keeps of a sweep under way: what a kill costs, or one segment
 
 
@@ -62,12 +65,15 @@ class RealizedPath:
       x_q: test inputs, m examples, or None.
       quadrature: Gauss points of the averages along a step; (I1)-(I4) hold to their error: about 1e-3, 1e-6, 1e-8 and
         1e-10 with 1 to 4 points in a run of usual steps.
-      store: folder for sweeps; a killed analysis that is run again takes finished ones from there, and goes on in the
-        midst of the one it was at.
+      store: folder for sweeps, of its own; a killed analysis that is run again takes finished ones from there, and goes
+        on in the midst of the one it was at.
       progress: draws a progress bar for every sweep.
 
     Raises:
-      ValueError: an optimizer that is not linear in the gradients given its realized state; fewer than 1 point.
+      ValueError: an optimizer that is not linear in the gradients given its realized state; fewer than 1 point; from
+        a sweep, a store that holds something else than sweeps.
+      RuntimeError: from a sweep, a store that another one is writing to.
+      OSError: from a sweep, a store that cannot be written to or read.
     """
 
     recording: Recording
@@ -80,6 +86,8 @@ class RealizedPath:
 
     def __post_init__(self):
         run = self.recording
+        if self.store is not None:
+            object.__setattr__(self, "store", absolute(self.store))
         check_count("quadrature", self.quadrature)
         batch = jnp.asarray(next(run.segments()).batches[0])
         object.__setattr__(self, "update", FrozenUpdate(run.optimizer, run.params, run.extra_args, batch))
@@ -117,10 +125,12 @@ class RealizedPath:
     def _forward(self, psi, trail: Trail, visit=None) -> Sweep:
         """`visit(segment, ones, probes)` sees every segment before it is swept."""
         done, sweep = trail.last("forward", (np.zeros((), int), self._begin(psi)))
-        for segment in self._track("forwards"):
+        for segment in self._track("forwards", len(psi)):
             after = segment.step + len(segment.batches)
             if after <= done:
                 continue
+            if segment.step < done:
+                raise Damaged(trail.path("forward"), "belongs to steps that were cut otherwise")
             if visit is not None:
                 visit(segment, sweep.shared.ones, sweep.probes)
             shared = sweep.shared._replace(state=segment.start)
@@ -131,6 +141,7 @@ class RealizedPath:
                 whole[segment.step : after] = part
             replay = max(sweep.replay, np.asarray(_distance(shared.state.params, segment.end.params)))
             sweep = Sweep(probes, shared, jax.tree.map(jnp.add, sweep.sums, more), sweep.course, replay)
+            answer(lambda: trail.keep("forward", (np.asarray(after), sweep), force=True))  # noqa: B023
             trail.keep("forward", (np.asarray(after), sweep))
         self._check_replay(sweep.replay)
         return sweep
@@ -170,22 +181,29 @@ class RealizedPath:
             folder = trail.folder or Path(temporary)
 
             def place(segment):
-                return folder / f"{segment.step}.npz"
+                return folder / f"{segment.step}.save"
+
+            def keep_state(segment, *state):
+                write_tree(place(segment), state, f"{trail.name}/{segment.step}")
 
             if quadratic and left > end:
-                self._forward(psi, trail, lambda segment, *state: write_tree(place(segment), state))
+                self._forward(psi, trail, keep_state)
                 trail.keep("backward", (np.asarray(end), back), force=True)
             passed = []
-            for segment in self._track("backwards"):
+            for segment in self._track("backwards", len(psi)):
                 if segment.step >= left:
                     continue
+                if segment.step + len(segment.batches) > left:
+                    raise Damaged(trail.path("backward"), "belongs to steps that were cut otherwise")
                 # Where no quadratic form is differentiated the map is linear, and where it is taken does not matter.
                 ones, probes = shared.ones, nothing
                 if quadratic:
-                    ones, probes = read_tree(place(segment), (ones, probes))
+                    ones, probes = read_tree(place(segment), (ones, probes), f"{trail.name}/{segment.step}")
                     passed.append(place(segment))
                 here = shared._replace(state=segment.start, ones=ones)
                 back = _backward(*self._static, self.data, here, probes, jnp.asarray(segment.batches), back, sources)
+                jax.block_until_ready(back)
+                answer(lambda: trail.keep("backward", (np.asarray(segment.step), back), force=True))  # noqa: B023
                 if trail.keep("backward", (np.asarray(segment.step), back)) or trail.folder is None:
                     while passed:
                         passed.pop().unlink()
@@ -193,30 +211,49 @@ class RealizedPath:
 
     def _stored(self, key, template, compute):
         """The result of a sweep that was finished before, or a new one; one that was begun before goes on."""
-        if self.store is None:
-            return compute(Trail(None, KEEP_SECONDS))
+        with interruptible(self._how_to_go_on):
+            if self.store is None:
+                return compute(Trail(None, "", KEEP_SECONDS))
+            with Folder(self.store, "folder of sweeps") as folder:
+                return self._from(folder, key, template, compute)
+
+    def _from(self, folder: Folder, key, template, compute):
         run = self.recording
         name, *arrays = key
         last = next(run.segments(backwards=True))  # where the run ended tells it from others of the same start
         told = (arrays, self.data, run.start, last.end, np.asarray([self.quadrature, run.num_steps]))
-        code = digest(jax.device_get(told))
-        path = Path(self.store) / f"{name}-{code[:32]}.npz"
-        trail = Trail(path.with_suffix(""), KEEP_SECONDS)
-        try:
-            result = jax.tree.map(jnp.asarray, read_tree(path, template)) if path.exists() else compute(trail)
-        except Damaged as damaged:
-            print(f"{damaged} It is computed again.")
-            trail.remove()
-            path.unlink(missing_ok=True)
-            result = compute(trail)
+        name = f"{name}-{digest(jax.device_get(told))[:32]}"
+        path, trail = folder.path / f"{name}.save", Trail(folder, name, KEEP_SECONDS)
+        result = None
+        while result is None:
+            try:
+                result = jax.tree.map(jnp.asarray, read_tree(path, template, name)) if path.exists() else compute(trail)
+            except Damaged as damaged:
+                kept = folder.set_aside(path if path.exists() else folder.path / name)
+                print(f"{damaged}. It is kept as {kept}, and the sweep is computed again.")
         if not path.exists():
-            write_tree(path, result)
+            write_tree(path, result, name)
         trail.remove()
         return result
 
-    def _track(self, direction):
-        segments = self.recording.segments(backwards=direction == "backwards", at_most=STEPS_AT_ONCE)
+    def _how_to_go_on(self) -> str:
+        if self.store is None:
+            return "Interrupted in a sweep. Nothing was kept: with store=folder the same call goes on from there."
+        return f"Interrupted in a sweep, which is kept in {self.store}; the same call goes on from there."
+
+    def _track(self, direction, num_probes):
+        """Segments for a call each. Shapes alone decide on their lengths: one that goes on is cut like one that ran."""
+        a_step = 3 * self.quadrature * (num_probes + 1) * self._flops
+        at_most = int(np.clip(FLOPS_AT_ONCE / a_step, 1, STEPS_AT_ONCE))
+        segments = self.recording.segments(backwards=direction == "backwards", at_most=at_most)
         return _with_bar(segments, direction, self.recording.num_steps) if self.progress else segments
+
+    @cached_property
+    def _flops(self) -> float:
+        """Of one evaluation of the model at all points."""
+        run, points = self.recording, [x for x in (self.recording.x_s, self.x_q) if x is not None]
+        costs = [jax.jit(run.apply_fn).lower(run.params, x).cost_analysis() for x in points]
+        return sum(float((cost or {}).get("flops", 0.0)) for cost in costs) + 1.0
 
     @property
     def _static(self):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import time
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jaxtyping import Array
 
 from entk._checks import check_count
+from gramian._fingerprint import differing, digests, program
+from gramian._folder import Folder, absolute
 from gramian._frozen_update import ExtraArgs
-from gramian._leaves import pack, unpack
+from gramian._interrupts import Pace, answer, interruptible
+from gramian._leaves import characters, pack, unpack
 from gramian._losses import OutputLoss
+from gramian._stash import read_save, write_arrays
 from gramian._training_steps import TrainState, check_training, train
 
 PyTree = Any
+KIND = "recording"
 
 
 class Segment(NamedTuple):
@@ -44,20 +49,24 @@ class Segment(NamedTuple):
 
 @dataclass
 class Recorder:
-    """Stores what a training loop does, to a folder, through Orbax, while it goes on.
+    """Stores what a training loop does, to a folder, while it goes on.
 
     `start` before the loop, `update` after every step (or every few), `close` at the end. The state is kept every
     `every` steps, the batches of all steps; what lies between is computed again when it is wanted. A killed run goes on
-    from the last save: the loop asks `start` where.
+    from the last save: the loop asks `start` where. Inside `with recorder:` a loop that is interrupted, or fails, also
+    writes what it has kept; Ctrl-C and SIGTERM are answered after the next `update`, with a line on how to go on.
+
+    From `start` to `close` the folder is locked: a second recorder there is refused, in this process or another.
+    Readers may come and go meanwhile.
 
     Args:
-      directory: the folder; made if it does not exist. It belongs to one run.
+      directory: the folder; made if it does not exist. It belongs to one run, and holds nothing else to begin with.
       every: steps from one kept state to the next.
       save_bytes: kept states are collected up to this size before they are written.
       every_seconds: and for this long at most; what a kill can cost.
 
     Raises:
-      ValueError: sizes that are not positive.
+      TypeError, ValueError: no path; sizes that are not positive.
       OSError: from `update` and `close`, when nothing can be written; the saves so far stay intact.
 
     Cost: a copy of the state every `every` steps; it is written in the background. Memory: 2·save_bytes and one state.
@@ -67,14 +76,15 @@ class Recorder:
       >>> from gramian import Recorder
       >>> tx, w = optax.sgd(0.1), jnp.ones(2)
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     recorder = Recorder(folder, every=2)
-      ...     w, state, step = recorder.start(w, tx.init(w))
-      ...     for k in range(step, 4):
-      ...         updates, state = tx.update(w, state, w)
-      ...         w = optax.apply_updates(w, updates)
-      ...         recorder.update([k % 3], w, state)
-      ...     recorder.close()
-      ...     print(Recorder(folder, every=2).start(jnp.ones(2), tx.init(jnp.ones(2)))[2])
+      ...     with Recorder(folder, every=2) as recorder:
+      ...         w, state, step = recorder.start(w, tx.init(w), identity={"rate": "0.1"})
+      ...         for k in range(step, 4):
+      ...             updates, state = tx.update(w, state, w)
+      ...             w = optax.apply_updates(w, updates)
+      ...             recorder.update([k % 3], w, state)
+      ...         recorder.close()
+      ...     with Recorder(folder, every=2) as recorder:
+      ...         print(recorder.start(jnp.ones(2), tx.init(jnp.ones(2)), identity={"rate": "0.1"})[2])
       4
     """
 
@@ -82,45 +92,90 @@ class Recorder:
     every: int = 64
     save_bytes: int = 2**26
     every_seconds: float = 20.0
-    _manager: ocp.CheckpointManager | None = field(default=None, repr=False)
-    _step: int = field(default=0, repr=False)
-    _kept: list[tuple[int, TrainState]] = field(default_factory=list, repr=False)
-    _batches: list[np.ndarray] = field(default_factory=list, repr=False)
-    _last: float = field(default=0.0, repr=False)
+    _folder: Folder | None = field(default=None, init=False, repr=False)
+    _identity: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    _step: int = field(default=0, init=False, repr=False)
+    _saved: int = field(default=0, init=False, repr=False)
+    _kept: list[tuple[int, TrainState]] = field(default_factory=list, init=False, repr=False)
+    _batches: list[np.ndarray] = field(default_factory=list, init=False, repr=False)
+    _last: float = field(default=0.0, init=False, repr=False)
+    _thread: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
+    _writing: Future | None = field(default=None, init=False, repr=False)
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False, repr=False)
 
     def __post_init__(self):
+        self.directory = absolute(self.directory)
         self.every = check_count("every", self.every)
         self.save_bytes = check_count("save_bytes", self.save_bytes)
 
-    def start(self, params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree, int]:
-        """Where the loop begins: the given state at step 0, or the last one saved, and its step."""
+    def __enter__(self) -> Recorder:
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(interruptible(self._how_to_go_on))
+        self._stack.push(self._end)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.__exit__(*exception)
+
+    def _end(self, kind, *_) -> None:
+        if self._folder is None:
+            return
+        if kind is None:
+            self.close()
+        else:
+            with contextlib.suppress(OSError):  # what ended the loop is what is to be known
+                self._leave()
+
+    def start(
+        self,
+        params: PyTree,
+        opt_state: PyTree,
+        *,
+        identity: Mapping[str, PyTree] | None = None,
+        batches: np.ndarray | None = None,
+    ) -> tuple[PyTree, PyTree, int]:
+        """Where the loop begins: the given state at step 0, or the last one saved, and its step.
+
+        A save that does not match its checksum is moved to the folder `aside`, with those after it, and the run goes
+        on from the one before.
+
+        Args:
+          params, opt_state: at the first step.
+          identity: what else tells this run from others, by name: settings as strings, data as arrays. A folder whose
+            run had another is refused. Functions cannot be compared; two loops of one model whose learning rates differ
+            are told apart by what is given here alone.
+          batches: those of the loop, (steps, b), where they are known: the recorded ones must be the first of them.
+
+        Raises:
+          ValueError: a folder that holds something else, or another run; the message says what differs.
+          RuntimeError: a folder that is being recorded to.
+          OSError: a folder that cannot be written to, a save that cannot be read; nothing has been changed.
+        """
+        self._release()
         given = TrainState(params, opt_state)
-        self._manager = _manager(self.directory)
-        self._step, state = 0, given
-        for saved in sorted(self._manager.all_steps()):
-            chunk, reason = _read(self._manager, saved)
-            if chunk is not None and chunk["steps"][0] != self._step:
-                chunk, reason = None, f"it begins at step {chunk['steps'][0]}, not {self._step}"
-            if chunk is None:
-                print(f"save {saved} in {self.directory} cannot be used ({reason}); going on from step {self._step}")
-                for later in [step for step in self._manager.all_steps() if step >= saved]:
-                    self._manager.delete(later)
-                break
-            if self._step == 0 and not _same_start(chunk["states"][0], given):
-                raise ValueError(
-                    f"{self.directory} holds a run that began with other parameters. Remove the folder, or give this "
-                    "run one of its own."
-                )
-            self._step, state = saved, unpack(given, chunk["states"][-1])
-        self._kept, self._batches = [(self._step, _copy(state))], []
-        self._last = time.monotonic()
+        self._identity = digests({"parameters": params, "optimizer state": opt_state, **(identity or {})})
+        self._folder = Folder(self.directory, KIND)
+        self._folder.claim()
+        try:
+            self._step, state = self._resume(self._folder, given, batches)
+        except BaseException:
+            self._release()
+            raise
+        self._saved, self._kept, self._batches = self._step, [(self._step, _copy(state))], []
+        self._thread, self._last = ThreadPoolExecutor(1), time.monotonic()
         return state.params, state.opt_state, self._step
 
     def update(self, indices: Any, params: PyTree, opt_state: PyTree) -> None:
         """After a step on the examples `indices` (b,), or after several at once, (steps, b): the state they led to."""
-        if self._manager is None:
+        if self._folder is None:
             raise RuntimeError("call start(params, opt_state) before the loop: it says where the loop begins.")
         indices = np.atleast_2d(np.asarray(indices, np.int32))
+        if self._batches and indices.shape[1:] != self._batches[0].shape:
+            raise ValueError(f"a batch of {indices.shape[1]} examples follows one of {len(self._batches[0])}.")
+        self._take(indices, params, opt_state)
+        answer()
+
+    def _take(self, indices: np.ndarray, params: PyTree, opt_state: PyTree) -> None:
         before = self._step
         self._step += len(indices)
         self._batches.extend(indices)
@@ -131,51 +186,116 @@ class Recorder:
         state = _copy(TrainState(params, opt_state))
         held = len(self._kept) * sum(leaf.nbytes for leaf in jax.tree.leaves(state) if hasattr(leaf, "nbytes"))
         if held >= self.save_bytes or time.monotonic() - self._last >= self.every_seconds:
-            self._save(state)
+            self._save(self._step, state)
         else:
             self._kept.append((self._step, state))
 
     def close(self, params: PyTree = None, opt_state: PyTree = None) -> None:
-        """Writes what is left; a run that ends between two kept states passes its last one."""
-        assert self._manager is not None
-        if self._batches:
-            if self._kept[-1][0] == self._step:
-                self._save(self._kept.pop()[1])
-            elif params is not None:
-                self._save(TrainState(params, opt_state))
-            else:
-                raise ValueError(
-                    f"the run ends at step {self._step}, which no multiple of every={self.every} is: pass the last "
-                    "state, close(params, opt_state)."
-                )
-        self._guard(self._manager.wait_until_finished)
-        self._manager.close()
-        self._manager = None
-
-    def _save(self, end: TrainState) -> None:
-        tree: dict[str, Any] = {
-            "steps": np.asarray([step for step, _ in self._kept]),
-            "states": np.stack([pack(state) for state in (*(one for _, one in self._kept), end)]),
-            "batches": np.stack(self._batches),
-        }
-        tree["checksum"] = np.asarray(_checksum(tree))
-        manager, step = self._manager, self._step
-        assert manager is not None
-        self._guard(lambda: manager.save(step, args=ocp.args.PyTreeSave(tree), force=True))
-        self._kept, self._batches, self._last = [(step, end)], [], time.monotonic()
-
-    def _guard(self, write) -> None:
+        """Writes what is left and unlocks the folder; a run that ends between two kept states passes its last one."""
+        if self._folder is None:
+            return
+        if self._batches and self._kept[-1][0] != self._step and params is None:
+            raise ValueError(
+                f"the run ends at step {self._step}, which no multiple of every={self.every} is: pass the last "
+                "state, close(params, opt_state)."
+            )
         try:
-            write()
-        except Exception as error:  # Orbax raises whatever its storage raises
-            assert self._manager is not None
-            with contextlib.suppress(Exception):  # what was being written before may still arrive
-                self._manager.wait_until_finished()
-            saved = max(_manager(self.directory).all_steps(), default=0)
+            if self._batches and self._kept[-1][0] != self._step:
+                self._save(self._step, TrainState(params, opt_state))
+            elif self._batches:
+                self._save(*self._kept.pop())
+            self._wait()
+        finally:
+            self._release()
+
+    def _how_to_go_on(self) -> str:
+        return (
+            f"Interrupted at step {self._step}. Recorded in {self.directory} up to step {self._saved}; started again, "
+            "the same run goes on from there."
+        )
+
+    def _resume(self, folder: Folder, given: TrainState, batches: np.ndarray | None) -> tuple[int, TrainState]:
+        at, state, saves = 0, given, folder.saves()
+        for place, (number, path) in enumerate(saves):
+            chunk, reason = read_save(path)
+            if chunk is not None:
+                self._check_same(chunk)
+                chunk, reason = _fitting(chunk, at, number)
+            if chunk is None:
+                rest = saves[place:]
+                for later in [read_save(path)[0] for _, path in rest]:  # another run's are not ours to move
+                    self._check_same(later)
+                for _, path in rest:
+                    folder.set_aside(path)
+                print(
+                    f"save {number} in {folder.path} cannot be used (it {reason}). It is kept in the folder aside"
+                    f"{', with those after it' if rest[1:] else ''}; going on from step {at}."
+                )
+                break
+            planned = chunk["batches"] if batches is None else batches[at:number]
+            if not np.array_equal(planned, chunk["batches"][: len(planned)]):
+                raise ValueError(_of_another_run(folder.path, ["batches"]))
+            at, state = number, unpack(given, chunk["states"][-1])
+        folder.clear()
+        return at, state
+
+    def _check_same(self, chunk: dict[str, np.ndarray] | None) -> None:
+        if chunk is not None and (other := differing(json.loads(chunk["identity"].tobytes()), self._identity)):
+            raise ValueError(_of_another_run(self.directory, other))
+
+    def _save(self, step: int, end: TrainState) -> None:
+        """Writes the states kept so far, and `end`, in the background."""
+        self._wait()
+        assert self._folder is not None
+        assert self._thread is not None
+        path, first = self._folder.save_path(step), self._kept[0][0]
+        kept, batches, identity = self._kept, self._batches[: step - first], characters(json.dumps(self._identity))
+        self._kept, self._batches, self._last = [(step, end)], self._batches[step - first :], time.monotonic()
+
+        def write() -> int:
+            write_arrays(
+                path,
+                {
+                    "identity": identity,
+                    "steps": np.asarray([step for step, _ in kept]),
+                    "states": np.stack([pack(state) for state in (*(one for _, one in kept), end)]),
+                    "batches": np.stack(batches),
+                },
+            )
+            return step
+
+        self._writing = self._thread.submit(write)
+
+    def _wait(self) -> None:
+        """For the save that is being written."""
+        if self._writing is None:
+            return
+        try:
+            self._saved = self._writing.result()
+            self._writing = None
+        except Exception as error:
+            self._writing = None
+            self._release()
             raise OSError(
                 f"recording to {self.directory} failed at step {self._step} ({type(error).__name__}: "
-                f"{str(error)[:200]}). The run is intact up to step {saved}: free space there and start again."
+                f"{str(error)[:200]}). The run is intact up to step {self._saved}: free space there and start again."
             ) from error
+
+    def _leave(self) -> None:
+        """Writes what is kept, although the run has not come to its end."""
+        try:
+            if len(self._kept) > 1:
+                self._save(*self._kept.pop())
+            self._wait()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+        if self._folder is not None:
+            self._folder.release()
+        self._folder = self._thread = self._writing = None
 
 
 @dataclass(frozen=True)
@@ -195,9 +315,14 @@ class Recording:
 
     Attributes:
       start: parameters and optimizer state before the first step, as recorded.
+      num_steps: steps that were recorded when this was opened. A run that goes on meanwhile is not disturbed; to see
+        more of it, open it again.
+
+    Nothing is ever written.
 
     Raises:
-      TypeError, ValueError: as `gradient_flow`; an empty folder.
+      TypeError, ValueError: as `gradient_flow`; a folder without a recording, or whose first save is not there yet.
+      FileNotFoundError: there is no such folder.
     """
 
     directory: str | Path
@@ -208,19 +333,19 @@ class Recording:
     params: PyTree = field(repr=False)
     extra_args: ExtraArgs | None = None
     start: TrainState = field(init=False, repr=False)
+    num_steps: int = field(init=False)
 
     def __post_init__(self):
         check_training(self.apply_fn, self.params, self.x_s, self.loss)
+        object.__setattr__(self, "directory", absolute(self.directory))
+        folder = Folder(self.directory, KIND)
+        folder.check()
+        object.__setattr__(self, "num_steps", max((number for number, _ in folder.saves()), default=0))
         if not self.num_steps:
-            raise ValueError(f"{self.directory} holds no recorded step; record the run with record_training.")
+            raise ValueError(f"{self.directory} holds no recorded step yet; record the run with record_training.")
         start = next(self.segments()).start
         object.__setattr__(self, "start", start)
         object.__setattr__(self, "params", start.params)
-
-    @property
-    def num_steps(self) -> int:
-        """Steps recorded."""
-        return max(_manager(self.directory).all_steps(), default=0)
 
     def segments(self, *, backwards: bool = False, at_most: int | None = None) -> Iterator[Segment]:
         """The run from kept state to kept state, or `at_most` so many steps at a time; holds one save at a time.
@@ -228,28 +353,27 @@ class Recording:
         States that were not kept are computed again, one gradient a step.
         """
         template = TrainState(self.params, self.optimizer.init(self.params))
-        with _manager(self.directory) as manager:
-            saves, at = sorted(manager.all_steps()), None
-            for save in reversed(saves) if backwards else saves:
-                chunk, reason = _read(manager, save)
-                if chunk is not None and not backwards and chunk["steps"][0] != (at or 0):
-                    chunk, reason = None, f"it begins at step {chunk['steps'][0]}, not {at or 0}"
-                if chunk is None:
-                    raise ValueError(
-                        f"save {save} in {self.directory} cannot be used ({reason}). Record the run again with the "
-                        "same arguments: it goes on from the save before."
-                    )
-                at = save
-                starts = [int(step) for step in chunk["steps"]]
-                states = [unpack(template, row) for row in chunk["states"]]
-                bounds = [*starts, save]
-                pieces = [
-                    Segment(a, states[k], chunk["batches"][a - starts[0] : b - starts[0]], states[k + 1])
-                    for k, (a, b) in enumerate(itertools.pairwise(bounds))
-                ]
-                for piece in reversed(pieces) if backwards else pieces:
-                    parts = [piece] if at_most is None else self._cut(piece, at_most)
-                    yield from reversed(parts) if backwards else parts
+        saves = [(number, path) for number, path in Folder(self.directory, KIND).saves() if number <= self.num_steps]
+        starts = [0, *(number for number, _ in saves[:-1])]
+        whole = list(zip(starts, saves, strict=True))
+        for start, (number, path) in reversed(whole) if backwards else whole:
+            chunk, reason = read_save(path)
+            if chunk is not None:
+                chunk, reason = _fitting(chunk, start, number)
+            if chunk is None:
+                raise ValueError(
+                    f"save {number} in {self.directory} cannot be used (it {reason}). Record the run again with the "
+                    "same arguments: it goes on from the save before."
+                )
+            states = [unpack(template, row) for row in chunk["states"]]
+            bounds = [*(int(step) for step in chunk["steps"]), number]
+            pieces = [
+                Segment(a, states[k], chunk["batches"][a - start : b - start], states[k + 1])
+                for k, (a, b) in enumerate(itertools.pairwise(bounds))
+            ]
+            for piece in reversed(pieces) if backwards else pieces:
+                parts = [piece] if at_most is None else self._cut(piece, at_most)
+                yield from reversed(parts) if backwards else parts
 
     def _cut(self, segment: Segment, length: int) -> list[Segment]:
         parts, state, places = [], segment.start, range(0, len(segment.batches), length)
@@ -263,6 +387,7 @@ class Recording:
         return parts
 
 
+@interruptible(lambda: "Interrupted before the first step; the same call begins anew.")
 def record_training(
     apply_fn: Any,
     params: PyTree,
@@ -317,43 +442,59 @@ def record_training(
             f"batches holds indices from {batches.min()} to {batches.max()}, but x_s has {num_examples} examples."
         )
     params = jax.tree.map(jnp.asarray, params)
-    weights, opt_state, step = recorder.start(params, optimizer.init(params))
-    if step > len(batches):
-        raise ValueError(f"{recorder.directory} holds {step} steps already, batches only {len(batches)}.")
-    state = TrainState(weights, opt_state)
-    while step < len(batches):
-        stop = min((step // recorder.every + 1) * recorder.every, len(batches))
-        state = train(apply_fn, optimizer, loss, x_s, state, jnp.asarray(batches[step:stop]), extra_args)
-        recorder.update(batches[step:stop], *state)
-        step = stop
-    recorder.close(*state)
+    start, pace = TrainState(params, optimizer.init(params)), Pace()
+    with recorder:
+        identity = _identity_of(apply_fn, start, x_s, loss, optimizer, batches[0], extra_args)
+        weights, opt_state, step = recorder.start(*start, identity=identity, batches=batches)
+        if step > len(batches):
+            raise ValueError(f"{recorder.directory} holds {step} steps already, batches only {len(batches)}.")
+        state = TrainState(weights, opt_state)
+        while step < len(batches):
+            stop = min((step // recorder.every + 1) * recorder.every, len(batches))
+            some = jnp.asarray(batches[step:stop])
+            for span in pace.calls(stop - step):
+                answer()
+                state = train(apply_fn, optimizer, loss, x_s, state, some, extra_args, span=span)
+                jax.block_until_ready(state)
+            recorder.update(batches[step:stop], *state)
+            step = stop
+        recorder.close(*state)
     recording = Recording(recorder.directory, apply_fn, optimizer, loss, x_s, params, extra_args)
     return state.params, recording
 
 
-def _manager(directory: str | Path) -> ocp.CheckpointManager:
-    """Numbers that training has just moved hardly compress: nothing is gained by the time that takes."""
-    options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True)
-    plain = ocp.PyTreeCheckpointHandler(use_compression=False)
-    return ocp.CheckpointManager(Path(directory).absolute(), options=options, item_handlers=plain)
+def _identity_of(apply_fn, start: TrainState, x_s, loss, optimizer, batch, extra_args) -> dict[str, Any]:
+    """What the steps of a run are computed from, by name."""
+    x, targets = (jax.tree.map(lambda leaf: jnp.asarray(leaf)[batch], tree) for tree in (x_s, loss.targets))
+    outputs = jax.eval_shape(apply_fn, start.params, x)
+    output = jax.ShapeDtypeStruct((outputs.size // len(batch),), outputs.dtype)
+
+    def update(grads, state, params, batch):
+        extras = extra_args(params, batch) if extra_args else {}
+        return optax.with_extra_args_support(optimizer).update(grads, state, params, **extras)
+
+    return {
+        "apply_fn": program(apply_fn, start.params, x),
+        "loss": program(loss.example_loss, output, jax.tree.map(lambda leaf: leaf[0], targets)),
+        "optimizer": program(update, start.params, start.opt_state, start.params, jnp.asarray(batch)),
+        "targets": loss.targets,
+        "x_s": x_s,
+    }
 
 
-def _read(manager: ocp.CheckpointManager, step: int) -> tuple[dict[str, Any] | None, str]:
-    try:
-        tree = dict(manager.restore(step, args=ocp.args.PyTreeRestore()) or {})
-        intact = int(tree.pop("checksum")) == _checksum(tree)
-    except Exception as error:  # Orbax raises whatever its storage raises
-        return None, type(error).__name__
-    return (tree, "") if intact else (None, "its contents do not match their checksum")
+def _fitting(chunk: dict[str, np.ndarray], start: int, end: int) -> tuple[dict[str, np.ndarray] | None, str]:
+    """The save, or None and the reason, if it is not of the steps from `start` to `end`."""
+    first, num_steps = int(chunk["steps"][0]), len(chunk["batches"])
+    if (first, first + num_steps) == (start, end):
+        return chunk, ""
+    return None, f"holds the steps from {first} to {first + num_steps}, not from {start} to {end}"
 
 
-def _checksum(tree: dict[str, np.ndarray]) -> int:
-    """Of shapes and bytes: Orbax stores larger arrays without one."""
-    total = 0
-    for name in sorted(tree):
-        array = np.ascontiguousarray(tree[name])
-        total = zlib.crc32(array.reshape(-1).view(np.uint8).data, zlib.crc32(f"{name} {array.shape}".encode(), total))
-    return total
+def _of_another_run(directory: Any, differ: list[str]) -> str:
+    return (
+        f"{directory} holds another run; what differs: {', '.join(differ)}. Nothing was changed: give this run a "
+        "folder of its own, or remove that one to record anew."
+    )
 
 
 @jax.jit
@@ -366,12 +507,3 @@ def _copy(state: TrainState) -> TrainState:
     leaves, structure = jax.tree.flatten(state)
     own = iter(_copies([leaf for leaf in leaves if isinstance(leaf, jax.Array)]))
     return jax.tree.unflatten(structure, [next(own) if isinstance(leaf, jax.Array) else leaf for leaf in leaves])
-
-
-def _same_start(row: np.ndarray, given: TrainState) -> bool:
-    try:
-        found = unpack(given, row).params
-    except ValueError:  # of another size
-        return False
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(given.params), strict=True)
-    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)

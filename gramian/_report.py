@@ -22,6 +22,7 @@ from gramian._coupling import Coupling, coupling
 from gramian._fill import FillOrder, fill_order
 from gramian._flow import Flow, gradient_flow
 from gramian._identities import Identity, identities
+from gramian._interrupts import interruptible
 from gramian._losses import OutputLoss, check_targets
 from gramian._observables import ChannelFill, Dissipation, DoublingGramian, KernelEvolution, Observable, TestKernelTop
 from gramian._shown import Shown, cell_table, identity_table, plain, summary_table
@@ -188,6 +189,7 @@ class Report(Shown):
         return summary_table(f"Training run: {flow.loss.name} loss, t = {flow.t0:g} to {flow.t1:g}", rows)
 
 
+@interruptible(lambda: "Interrupted; with checkpoint=Checkpoint(folder) the same call takes the flow from there.")
 def analyze(
     apply_fn: Any,
     params: PyTree,

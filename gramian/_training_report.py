@@ -15,6 +15,7 @@ from entk._spectrum import SpectralDensity
 from gramian._cells import Cell, cells_of
 from gramian._channel import Channel, ChannelRule, TraceShare
 from gramian._identities import Identity
+from gramian._interrupts import interruptible
 from gramian._krylov import ritz_pairs, spectrum_of
 from gramian._losses import OutputLoss, check_targets
 from gramian._realized import RealizedOperator, RealizedPath, Sweep, dense_operators
@@ -178,6 +179,7 @@ class TrainingReport(Shown):
         return [summary_table(title, rows), identity_table(self.identities), cell_table(self.cells)]
 
 
+@interruptible(lambda: "Interrupted; with store=folder the same call takes finished sweeps from there.")
 def analyze_training(
     recording: Recording,
     x_q: PyTree | None = None,

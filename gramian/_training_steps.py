@@ -55,18 +55,26 @@ def minibatches(n: int, batch_size: int, epochs: int, seed: int = 0, *, replace:
     return np.concatenate(passes).astype(np.int32)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 6))
-def train(apply_fn, optimizer, loss, x_s, state, batches, extra_args=None):
-    """The state after steps on `batches`."""
+def train(apply_fn, optimizer, loss, x_s, state, batches, extra_args=None, *, span=None):
+    """The state after steps on `batches`, or on those of `span = (first, last)` alone.
 
-    def step(state, batch):
+    One program serves all spans, so that where a run is cut leaves no trace in its bits.
+    """
+    first, last = (0, len(batches)) if span is None else span
+    return _train(apply_fn, optimizer, loss, x_s, state, batches, extra_args, np.int32(first), np.int32(last))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 6))
+def _train(apply_fn, optimizer, loss, x_s, state, batches, extra_args, first, last):
+    def step(k, state):
         params, opt_state = state
+        batch = batches[k]
         grads = batch_gradient(apply_fn, loss, x_s, params, batch)[0]
         extras = extra_args(params, batch) if extra_args else {}
         updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, opt_state, params, **extras)
-        return TrainState(optax.apply_updates(params, updates), opt_state), None
+        return TrainState(optax.apply_updates(params, updates), opt_state)
 
-    return jax.lax.scan(step, state, batches)[0]
+    return jax.lax.fori_loop(first, last, step, state)
 
 
 def batch_gradient(apply_fn, loss, x_s, params, batch):

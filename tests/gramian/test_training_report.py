@@ -127,7 +127,8 @@ def test_a_sweep_goes_on_where_it_was_killed(run, tmp_path, monkeypatch, of):
     assert len(swept) == segments + kills
     for one, other in zip(*map(jax.tree.leaves, (whole, found)), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".npz"], "nothing is left of the way"
+    left = sorted(path.name.partition("-")[0] for path in tmp_path.iterdir())
+    assert left == ["forward" if of is None else "backward", "gramian.json", "gramian.lock"], "nothing of the way"
 
 
 def test_a_damaged_state_on_the_way_is_computed_again(run, tmp_path, monkeypatch, capsys):
@@ -143,11 +144,11 @@ def test_a_damaged_state_on_the_way_is_computed_again(run, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         RealizedPath(run, X_Q, 1, tmp_path).backward(psi, of="motion")
     monkeypatch.setattr(realized, "_backward", plain)
-    (folder,) = tmp_path.iterdir()
-    damaged = folder / "16.npz"
+    (damaged,) = tmp_path.glob("*/16.save")
     damaged.write_bytes(damaged.read_bytes()[:-50])
     np.testing.assert_array_equal(RealizedPath(run, X_Q, 1, tmp_path).backward(psi, of="motion"), whole)
-    assert "16.npz" in capsys.readouterr().out
+    assert "16.save does not match its checksum. It is kept as" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("aside/*/16.save"))) == 1
 
 
 def test_a_killed_analysis_takes_up_finished_sweeps(run, tmp_path, monkeypatch):
@@ -164,7 +165,7 @@ def test_a_killed_analysis_takes_up_finished_sweeps(run, tmp_path, monkeypatch):
     monkeypatch.setattr(RealizedPath, "_forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         analyze_training(run, X_Q, **settings)
-    kept = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    kept = {path.name for path in tmp_path.glob("*.save")}
     assert len(kept) == 3
     damaged = tmp_path / sorted(kept)[0]
     damaged.write_bytes(damaged.read_bytes()[:-100])
@@ -197,7 +198,7 @@ product = RealizedPath(run, X_Q, 1, {str(tmp_path)!r}).backward(np.ones((1, {N *
 print(np.asarray(product).tobytes().hex(), flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(tmp_path.glob("*/backward.npz")):
+    while process.poll() is None and not list(tmp_path.glob("*/backward.save")):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.communicate()[0] == "", "it was killed before its end"
