@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from entk import kernel_drift
+from gramian._checks import check_real
 from gramian._coupling import Coupling, coupling
 from gramian._flow import Flow
 from gramian._observables import DoublingGramian, TestKernelTop
@@ -101,11 +102,12 @@ def identities(
       >>> [row.name for row in identities(flow) if row.holds]
       ['(I1)', '(I2)', '(I3)', '(I4)', '(I7)', '(I8)', '(I9)']
     """
-    tolerance = flow.tolerance if tolerance is None else tolerance
+    estimates = np.zeros(3) if tolerance is not None else flow.missed
+    tolerance = flow.tolerance if tolerance is None else check_real("tolerance", tolerance)
     if tolerance is None:
         raise ValueError("this flow's controller promises no tolerance; pass tolerance=..., the residual you allow.")
     run = _Run(flow)
-    rows = [*_path(run, tolerance), _energies(run), _squared(run), _frozen_kernel(run, tolerance)]
+    rows = [*_path(run, tolerance, estimates), _energies(run), _squared(run), _frozen_kernel(run, tolerance)]
     if run.has_test:
         rows += [_invisibility(run, num_directions), _coupling(run, coupled)]
     return tuple(sorted(rows, key=lambda row: row.name))
@@ -157,8 +159,8 @@ class _Run:
         return SAFETY * self.eps * self.size**0.5 * (1 + self.flow.num_steps) ** 0.5
 
 
-def _path(run: _Run, tolerance: float) -> list[Identity]:
-    off, (error_s, error_q, error_g) = run.off, run.flow.missed
+def _path(run: _Run, tolerance: float, estimates: np.ndarray) -> list[Identity]:
+    off, (error_s, error_q, error_g) = run.off, estimates
 
     def row(name, statement, missed, size, operator, rounding, error):
         """An operator takes errors of g into what it predicts, in a typical direction by ‖operator‖_F / √N."""

@@ -50,7 +50,7 @@ class FlowState(NamedTuple):
     observed: dict[str, PyTree]
     num_steps: int
     num_rejected: int
-    missed: Float[Array, "3"]
+    missed: Array
 
 
 class StepInfo(NamedTuple):
@@ -157,8 +157,9 @@ class Integrator:
             rejected += 1
             if not h > 1e-14 * max(abs(state.t), t_end - state.t):
                 raise FloatingPointError(
-                    f"no step from t={state.t:.6g} meets the tolerance, down to length {h:.3g}: {_reason(step, error)}. "
-                    f"The training loss is {float(self.loss.value(state.outputs_s)):.4g} there, the largest output "
+                    f"no step from t={state.t:.6g} meets the tolerance, down to length {h:.3g}: "
+                    f"{_reason(step, error)}. Up to there the training loss is "
+                    f"{float(self.loss.value(state.outputs_s)):.4g}, the largest output "
                     f"{float(jnp.abs(state.outputs_s).max()):.4g}. Check apply_fn for kinks and overflow, or raise rtol."
                 )
         # Only now: a trial that is too long may look where the path never goes.

@@ -190,9 +190,10 @@ def softmax_cross_entropy(labels: Array) -> OutputLoss:
     labels = _real_targets(labels, "labels")
     if not bool(jnp.all(labels >= 0)) or not bool(jnp.allclose(labels.sum(1), 1.0, atol=1e-5)):
         raise ValueError(
-            f"each row of labels must be a probability vector, non-negative and adding up to 1, but entries go from "
-            f"{float(labels.min()):.4g} to {float(labels.max()):.4g} and rows add up to {float(labels.sum(1).min()):.6g} "
-            f"to {float(labels.sum(1).max()):.6g}. Divide each row by its sum, or pass classes as integers (n,)."
+            "each row of labels must be a probability vector, non-negative and adding up to 1, but entries go from "
+            f"{float(labels.min()):.4g} to {float(labels.max()):.4g} and rows add up to "
+            f"{float(labels.sum(1).min()):.6g} to {float(labels.sum(1).max()):.6g}. Divide each row by its sum, or pass "
+            "classes as integers (n,)."
         )
     return OutputLoss(labels, _softmax_probabilities, "softmax cross-entropy")
 
