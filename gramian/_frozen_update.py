@@ -9,6 +9,7 @@ ways (second moments, norms, masks) is a coefficient.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -104,10 +105,12 @@ class FrozenUpdate:
             self._state_kinds = joined
         refused = [value.reason for value in outputs[: self._num_params] if value.kind == Kind.FROZEN]
         if refused:
+            for link in _links(given):  # the one that refuses by itself is the one to name
+                FrozenUpdate(link, params, extra_args, batch)
             raise ValueError(
                 f"{_names(tx)} cannot be analysed: given its realized state, its step is not linear in the gradients "
                 f"because of {refused[0]!r}. SGD, momentum, Nesterov, Adam, AdamW, RMSProp, clipping by norm, "
-                "schedules and poprisk_gate are supported."
+                "schedules and poprisk_gate are supported: use one of them, or train without recording."
             )
 
     def __eq__(self, other):
@@ -303,6 +306,13 @@ def _switch(eqn: Any, operands: list[Value], forced: bool) -> list[Value]:
         Value(realized, kind.kind, linear, kind.reason)
         for (realized, linear), kind in zip(results, joined, strict=True)
     ]
+
+
+def _links(tx: Any) -> list[optax.GradientTransformation]:
+    """The transformations of a chain, as its functions hold them; none where it is no chain."""
+    held = inspect.getclosurevars(tx.update).nonlocals if inspect.isfunction(tx.update) else {}
+    pairs = held.get("init_fns"), held.get("update_fns")
+    return [optax.GradientTransformation(*pair) for pair in zip(*pairs, strict=True)] if all(pairs) else []
 
 
 def _names(tx: Any) -> str:

@@ -65,8 +65,9 @@ def judge(
         return Identity(name, statement, float("inf"), tolerance, False, f"missed by {missed:.2g} where nothing moved")
     residual, holds = float(missed / size), bool(missed <= allowed)
     if holds and allowed >= size:
-        why = "rounding" if rounding >= max(tolerance * size, estimate) else "the steps' errors"
-        note = f"no verdict: {why} may be {allowed / size:.1g} times what moved"
+        rounds = rounding >= max(tolerance * size, estimate)
+        why = "rounding may be" if rounds else "lower rtol, errors of the steps may be"
+        note = f"no verdict: {why} {allowed / size:.1g} times what moved"
         return Identity(name, statement, residual, None, None, note)
     return Identity(name, statement, residual, float(allowed / size), holds, note)
 
@@ -79,9 +80,9 @@ def identities(
     Args:
       flow: a finished flow. (I5) needs `DoublingGramian()` among its observables, (I6) `TestKernelTop()`.
       tolerance: relative residual allowed in (I1)-(I4), which hold up to the discretisation of the flow. None takes
-        what the step-size control allowed in all: num_steps · rtol under `AdaptiveStep`. (I3) and (I4) are allowed as
-        many times more as D and G amplify an error of g; outputs far from zero, whose displacement is small beside
-        them, what the steps estimated their errors at; all of them, the rounding of what is subtracted.
+        what the step-size control allowed in all, num_steps · rtol under `AdaptiveStep`, or what the steps estimated
+        their errors at, where these add up to more beside what moved: for outputs far from zero, or where D and G
+        amplify errors of g. Rounding of what is subtracted comes on top of either.
       num_directions: random directions, besides all eigenvectors of W_S, on which (I6) is tried.
       coupled: the flow's `coupling`, if it is at hand already.
 
@@ -171,7 +172,7 @@ def _path(run: _Run, tolerance: float, estimates: np.ndarray) -> list[Identity]:
             statement,
             float(np.linalg.norm(missed)),
             float(np.linalg.norm(size)),
-            tolerance=factor * tolerance,
+            tolerance=tolerance if estimates.any() else factor * tolerance,
             rounding=rounding + spread * off.grad,
             estimate=error + spread * np.sqrt(run.size) * error_g,
             note=f"the run amplifies errors of g {factor:.2g} times" if factor > 1.5 else "",

@@ -160,7 +160,8 @@ class Integrator:
                     f"no step from t={state.t:.6g} meets the tolerance, down to length {h:.3g}: "
                     f"{_reason(step, error)}. Up to there the training loss is "
                     f"{float(self.loss.value(state.outputs_s)):.4g}, the largest output "
-                    f"{float(jnp.abs(state.outputs_s).max()):.4g}. Check apply_fn for kinks and overflow, or raise rtol."
+                    f"{float(jnp.abs(state.outputs_s).max()):.4g}. Check apply_fn for kinks and overflow, or raise "
+                    "rtol."
                 )
         # Only now: a trial that is too long may look where the path never goes.
         _check_convex(self.loss, step, state.t)

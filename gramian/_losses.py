@@ -192,8 +192,8 @@ def softmax_cross_entropy(labels: Array) -> OutputLoss:
         raise ValueError(
             "each row of labels must be a probability vector, non-negative and adding up to 1, but entries go from "
             f"{float(labels.min()):.4g} to {float(labels.max()):.4g} and rows add up to "
-            f"{float(labels.sum(1).min()):.6g} to {float(labels.sum(1).max()):.6g}. Divide each row by its sum, or pass "
-            "classes as integers (n,)."
+            f"{float(labels.sum(1).min()):.6g} to {float(labels.sum(1).max()):.6g}. Divide each row by its sum, or "
+            "pass classes as integers (n,)."
         )
     return OutputLoss(labels, _softmax_probabilities, "softmax cross-entropy")
 

@@ -19,10 +19,18 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array
 
 from entk._checks import check_count
-from gramian._frozen_update import ExtraArgs
+from gramian._checks import check_real
+from gramian._frozen_update import ExtraArgs, FrozenUpdate
 from gramian._leaves import pack, unpack
 from gramian._losses import OutputLoss
-from gramian._training_steps import TrainState, check_training, train
+from gramian._training_steps import (
+    TrainState,
+    check_optimizer,
+    check_training,
+    finite_steps,
+    names_of_lost,
+    train,
+)
 
 PyTree = Any
 
@@ -58,6 +66,8 @@ class Recorder:
 
     Raises:
       ValueError: sizes that are not positive.
+      FloatingPointError: from `update` and `close`, as soon as a state to be kept is finite no more; what was recorded
+        up to the last finite one is written, and can be analysed.
       OSError: from `update` and `close`, when nothing can be written; the saves so far stay intact.
 
     Cost: a copy of the state every `every` steps; it is written in the background. Memory: 2·save_bytes and one state.
@@ -87,10 +97,14 @@ class Recorder:
     _kept: list[tuple[int, TrainState]] = field(default_factory=list, repr=False)
     _batches: list[np.ndarray] = field(default_factory=list, repr=False)
     _last: float = field(default=0.0, repr=False)
+    _given: TrainState | None = field(default=None, repr=False)
 
     def __post_init__(self):
         self.every = check_count("every", self.every)
         self.save_bytes = check_count("save_bytes", self.save_bytes)
+        self.every_seconds = check_real("every_seconds", self.every_seconds)
+        if not self.every_seconds >= 0:
+            raise ValueError(f"every_seconds={self.every_seconds} must not be negative: 0 saves at every kept state.")
 
     def start(self, params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree, int]:
         """Where the loop begins: the given state at step 0, or the last one saved, and its step."""
@@ -112,7 +126,7 @@ class Recorder:
                     "run one of its own."
                 )
             self._step, state = saved, unpack(given, chunk["states"][-1])
-        self._kept, self._batches = [(self._step, _copy(state))], []
+        self._kept, self._batches, self._given = [(self._step, _copy(state))], [], given
         self._last = time.monotonic()
         return state.params, state.opt_state, self._step
 
@@ -128,7 +142,7 @@ class Recorder:
             return
         if self._step % self.every:
             raise ValueError(f"{len(indices)} steps at once pass over step {before // self.every + 1} x every.")
-        state = _copy(TrainState(params, opt_state))
+        state = self._finite(_copy(TrainState(params, opt_state)))
         held = len(self._kept) * sum(leaf.nbytes for leaf in jax.tree.leaves(state) if hasattr(leaf, "nbytes"))
         if held >= self.save_bytes or time.monotonic() - self._last >= self.every_seconds:
             self._save(state)
@@ -142,7 +156,7 @@ class Recorder:
             if self._kept[-1][0] == self._step:
                 self._save(self._kept.pop()[1])
             elif params is not None:
-                self._save(TrainState(params, opt_state))
+                self._save(self._finite(TrainState(params, opt_state)))
             else:
                 raise ValueError(
                     f"the run ends at step {self._step}, which no multiple of every={self.every} is: pass the last "
@@ -151,6 +165,24 @@ class Recorder:
         self._guard(self._manager.wait_until_finished)
         self._manager.close()
         self._manager = None
+
+    def _finite(self, state: TrainState) -> TrainState:
+        """The state itself; if it is finite no more, the good part of the run is written and the loop stopped."""
+        assert self._given is not None
+        if not (names := names_of_lost(self._given, state)):
+            return state
+        step, (last, good) = self._step, self._kept[-1]
+        self._batches = self._batches[: last - self._kept[0][0]]
+        if self._batches:
+            self._step = self._kept.pop()[0]
+            self._save(good)
+        self._step, self._batches = last, []
+        self.close()
+        raise FloatingPointError(
+            f"{names} holds NaN or infinite values since a step from {last + 1} to {step}: nothing after it can be "
+            f"analysed. The run is recorded up to step {last} in {self.directory}. Lower the learning rate, clip "
+            "gradients by their norm, or look at the batches of those steps."
+        )
 
     def _save(self, end: TrainState) -> None:
         tree: dict[str, Any] = {
@@ -211,6 +243,7 @@ class Recording:
 
     def __post_init__(self):
         check_training(self.apply_fn, self.params, self.x_s, self.loss)
+        check_optimizer(self.optimizer)
         if not self.num_steps:
             raise ValueError(f"{self.directory} holds no recorded step; record the run with record_training.")
         start = next(self.segments()).start
@@ -257,7 +290,7 @@ class Recording:
             batches, end = segment.batches[a : a + length], segment.end
             if a != places[-1]:
                 static = self.apply_fn, self.optimizer, self.loss, self.x_s
-                end = train(*static, state, jnp.asarray(batches), self.extra_args)
+                end, _ = train(*static, state, jnp.asarray(batches), self.extra_args)
             parts.append(Segment(segment.step + a, state, batches, end))
             state = end
         return parts
@@ -288,7 +321,10 @@ def record_training(
       The trained parameters and the `Recording`.
 
     Raises:
-      TypeError, ValueError: as `gradient_flow`; indices outside of x_s; a folder of another run.
+      TypeError, ValueError: as `gradient_flow`; indices outside of x_s; a folder of another run; an optimizer that
+        cannot be analysed, as `LiveChannel` and `analyze_training` would say later.
+      FloatingPointError: the step at which the loss of a batch, a parameter or the optimizer's state is finite no more.
+        What came before it stays recorded.
       OSError: nothing more can be written.
 
     Cost: that of training, and of `Recorder`.
@@ -306,6 +342,9 @@ def record_training(
       30
     """
     num_examples = check_training(apply_fn, params, x_s, loss)
+    check_optimizer(optimizer)
+    if not isinstance(recorder, Recorder):
+        raise TypeError(f"recorder={recorder!r} is a {type(recorder).__name__}; pass Recorder(directory).")
     batches = np.asarray(batches)
     if batches.ndim != 2 or not np.issubdtype(batches.dtype, np.integer) or not batches.size:
         raise ValueError(
@@ -316,19 +355,48 @@ def record_training(
         raise ValueError(
             f"batches holds indices from {batches.min()} to {batches.max()}, but x_s has {num_examples} examples."
         )
+    batches = batches.astype(np.int32)
     params = jax.tree.map(jnp.asarray, params)
+    FrozenUpdate(optimizer, params, extra_args, jnp.asarray(batches[0]))  # refuses what could not be analysed
     weights, opt_state, step = recorder.start(params, optimizer.init(params))
     if step > len(batches):
         raise ValueError(f"{recorder.directory} holds {step} steps already, batches only {len(batches)}.")
     state = TrainState(weights, opt_state)
     while step < len(batches):
         stop = min((step // recorder.every + 1) * recorder.every, len(batches))
-        state = train(apply_fn, optimizer, loss, x_s, state, jnp.asarray(batches[step:stop]), extra_args)
+        problem, piece = (apply_fn, optimizer, loss, x_s, state), jnp.asarray(batches[step:stop])
+        after, finite = train(*problem, piece, extra_args)
+        if not finite or names_of_lost(state, after):
+            _stop_where_lost(problem, piece, extra_args, recorder, step)
+        state = after
         recorder.update(batches[step:stop], *state)
         step = stop
     recorder.close(*state)
     recording = Recording(recorder.directory, apply_fn, optimizer, loss, x_s, params, extra_args)
     return state.params, recording
+
+
+def _stop_where_lost(problem, batches, extra_args, recorder: Recorder, step: int) -> None:
+    """Records the steps among these from which the run was still finite, and says which one was the last."""
+    state = problem[-1]
+    losses, states = map(np.asarray, finite_steps(*problem, batches, extra_args))
+    bad = int(np.argmin(losses & states))
+    # Parameters may be finite and their loss not: the step that led there is the one that left.
+    good = bad if losses[bad] else max(0, bad - 1)
+    if good:
+        state, _ = train(*problem, batches[:good], extra_args)
+        recorder.update(np.asarray(batches[:good]), *state)
+    recorder.close(*state)
+    if losses[bad]:
+        after, _ = train(*problem[:-1], state, batches[bad : bad + 1], extra_args)
+        said = f"{names_of_lost(state, after)} holds NaN or infinite values after it"
+    else:
+        said = "the loss of its batch is NaN or infinite"
+    raise FloatingPointError(
+        f"the run leaves the finite numbers at step {step + bad + 1}: {said}. Up to step {step + good} it is recorded in "
+        f"{recorder.directory}, for Recording(directory, ...) to open. Lower the learning rate, clip gradients by their "
+        f"norm, or look at the examples of that step, {np.asarray(batches[bad])[:8].tolist()}."
+    )
 
 
 def _manager(directory: str | Path) -> ocp.CheckpointManager:

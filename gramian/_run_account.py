@@ -66,6 +66,11 @@ class RunAccount:
         self.moved, self.moved_q = (np.asarray(b - a, np.float64).reshape(-1) for a, b in zip(first, last, strict=True))
         self.g_last = np.asarray(run.loss.grad(last[0]), np.float64)
         self.losses = tuple(float(run.loss.value(u)) for u in (first[0], last[0]))
+        if not np.isfinite(self.losses[1]) or not all(np.isfinite(moved).all() for moved in (self.moved, self.moved_q)):
+            raise FloatingPointError(
+                f"outputs or loss are not finite after the last step, {run.num_steps}, of the run in {run.directory}: "
+                f"the loss is {self.losses[1]}. Record it again with fewer batches, or with a lower learning rate."
+            )
 
     @property
     def forced(self) -> tuple[float, float]:

@@ -6,12 +6,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array
 
 from entk._checks import check_apply, check_count
 from entk._jacobian import model_precision
-from gramian._checks import check_all_move, check_finite
+from gramian._checks import check_all_move, check_finite, check_kind, check_order
 from gramian._losses import OutputLoss, check_targets
 
 PyTree = Any
@@ -57,20 +59,59 @@ def minibatches(n: int, batch_size: int, epochs: int, seed: int = 0, *, replace:
 
 @partial(jax.jit, static_argnums=(0, 1, 6))
 def train(apply_fn, optimizer, loss, x_s, state, batches, extra_args=None):
-    """The state after steps on `batches`."""
+    """The state after steps on `batches`, and whether the loss of every one of them was finite."""
 
     def step(state, batch):
-        params, opt_state = state
-        grads = batch_gradient(apply_fn, loss, x_s, params, batch)[0]
-        extras = extra_args(params, batch) if extra_args else {}
-        updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, opt_state, params, **extras)
-        return TrainState(optax.apply_updates(params, updates), opt_state), None
+        state, value = one_step(apply_fn, optimizer, loss, x_s, state, batch, extra_args)
+        return state, jnp.isfinite(value)
 
-    return jax.lax.scan(step, state, batches)[0]
+    state, finite = jax.lax.scan(step, state, batches)
+    return state, finite.all()
+
+
+@partial(jax.jit, static_argnums=(0, 1, 6))
+def finite_steps(apply_fn, optimizer, loss, x_s, state, batches, extra_args=None):
+    """For every step, whether its batch's loss is finite before it, and the state after it."""
+    start = state
+
+    def step(state, batch):
+        state, value = one_step(apply_fn, optimizer, loss, x_s, state, batch, extra_args)
+        return state, (jnp.isfinite(value), ~lost(start, state).any())
+
+    return jax.lax.scan(step, state, batches)[1]
+
+
+def one_step(apply_fn, optimizer, loss, x_s, state, batch, extra_args):
+    """The state after a step, and the loss of its batch before."""
+    params, opt_state = state
+    grads, _, value = batch_gradient(apply_fn, loss, x_s, params, batch)
+    extras = extra_args(params, batch) if extra_args else {}
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, opt_state, params, **extras)
+    return TrainState(optax.apply_updates(params, updates), opt_state), value
+
+
+@jax.jit
+def lost(start: TrainState, state: TrainState) -> Array:
+    """For every leaf, whether it was finite at the start and is no more; what starts infinite may stay so."""
+
+    def one(before, after):
+        if not jnp.issubdtype(jnp.result_type(after), jnp.inexact):
+            return jnp.zeros((), bool)
+        return jnp.isfinite(before).all() & ~jnp.isfinite(after).all()
+
+    return jnp.stack([one(*pair) for pair in zip(*map(jax.tree.leaves, (start, state)), strict=True)])
+
+
+def names_of_lost(start: TrainState, state: TrainState) -> str:
+    """The leaves that are finite no more, by name."""
+    gone = np.flatnonzero(np.asarray(lost(start, state)))
+    named = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    names = [jax.tree_util.keystr(named[k]).lstrip(".") for k in gone]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def batch_gradient(apply_fn, loss, x_s, params, batch):
-    """The gradient of the mean loss of a batch, and the batch outputs' pullback, which it came from."""
+    """The gradient of the mean loss of a batch, the batch outputs' pullback, which it came from, and that loss."""
     x, targets = (jax.tree.map(lambda leaf: leaf[batch], tree) for tree in (x_s, loss.targets))
 
     def outputs(params):
@@ -79,15 +120,21 @@ def batch_gradient(apply_fn, loss, x_s, params, batch):
         return out.reshape(out.shape[0], -1)
 
     out, pull = jax.vjp(outputs, params)
-    return pull(jax.vmap(jax.grad(loss.example_loss))(out, targets) / len(batch))[0], pull
+    values, slopes = jax.vmap(jax.value_and_grad(loss.example_loss))(out, targets)
+    return pull(slopes / len(batch))[0], pull, jnp.mean(values)
 
 
 def check_training(apply_fn, params, x_s, loss) -> int:
-    if not isinstance(loss, OutputLoss):
-        raise TypeError(f"loss is a {type(loss).__name__}; build it with squared_loss(y) or another gramian loss.")
+    check_order(loss, x_s)
     spec = check_apply(apply_fn, params, x_s, "x_s")
-    check_all_move(params)
+    check_all_move(apply_fn, params, x_s)
     check_targets(loss, *spec)
     for name, tree in (("params", params), ("x_s", x_s)):
         check_finite(tree, name)
     return spec.num_examples
+
+
+def check_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, OutputLoss):
+        raise TypeError("optimizer is an OutputLoss: the order is apply_fn, params, x_s, loss, optimizer. Swap them.")
+    check_kind("optimizer", optimizer, ("init", "update"), "an optax transformation, e.g. optax.adam(1e-3)")
