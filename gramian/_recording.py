@@ -27,6 +27,7 @@ from gramian._training_steps import (
     TrainState,
     check_optimizer,
     check_training,
+    finite_leaves,
     finite_steps,
     names_of_lost,
     train,
@@ -97,7 +98,7 @@ class Recorder:
     _kept: list[tuple[int, TrainState]] = field(default_factory=list, repr=False)
     _batches: list[np.ndarray] = field(default_factory=list, repr=False)
     _last: float = field(default=0.0, repr=False)
-    _given: TrainState | None = field(default=None, repr=False)
+    _sound: Array | None = field(default=None, repr=False)
 
     def __post_init__(self):
         self.every = check_count("every", self.every)
@@ -126,7 +127,7 @@ class Recorder:
                     "run one of its own."
                 )
             self._step, state = saved, unpack(given, chunk["states"][-1])
-        self._kept, self._batches, self._given = [(self._step, _copy(state))], [], given
+        self._kept, self._batches, self._sound = [(self._step, _copy(state))], [], finite_leaves(given)
         self._last = time.monotonic()
         return state.params, state.opt_state, self._step
 
@@ -168,8 +169,8 @@ class Recorder:
 
     def _finite(self, state: TrainState) -> TrainState:
         """The state itself; if it is finite no more, the good part of the run is written and the loop stopped."""
-        assert self._given is not None
-        if not (names := names_of_lost(self._given, state)):
+        assert self._sound is not None
+        if not (names := names_of_lost(self._sound, state)):
             return state
         step, (last, good) = self._step, self._kept[-1]
         self._batches = self._batches[: last - self._kept[0][0]]
@@ -362,11 +363,12 @@ def record_training(
     if step > len(batches):
         raise ValueError(f"{recorder.directory} holds {step} steps already, batches only {len(batches)}.")
     state = TrainState(weights, opt_state)
+    sound = finite_leaves(state)
     while step < len(batches):
         stop = min((step // recorder.every + 1) * recorder.every, len(batches))
         problem, piece = (apply_fn, optimizer, loss, x_s, state), jnp.asarray(batches[step:stop])
         after, finite = train(*problem, piece, extra_args)
-        if not finite or names_of_lost(state, after):
+        if not finite or names_of_lost(sound, after):
             _stop_where_lost(problem, piece, extra_args, recorder, step)
         state = after
         recorder.update(batches[step:stop], *state)
@@ -389,13 +391,13 @@ def _stop_where_lost(problem, batches, extra_args, recorder: Recorder, step: int
     recorder.close(*state)
     if losses[bad]:
         after, _ = train(*problem[:-1], state, batches[bad : bad + 1], extra_args)
-        said = f"{names_of_lost(state, after)} holds NaN or infinite values after it"
+        said = f"{names_of_lost(finite_leaves(state), after)} holds NaN or infinite values after it"
     else:
         said = "the loss of its batch is NaN or infinite"
     raise FloatingPointError(
-        f"the run leaves the finite numbers at step {step + bad + 1}: {said}. Up to step {step + good} it is recorded in "
-        f"{recorder.directory}, for Recording(directory, ...) to open. Lower the learning rate, clip gradients by their "
-        f"norm, or look at the examples of that step, {np.asarray(batches[bad])[:8].tolist()}."
+        f"the run leaves the finite numbers at step {step + bad + 1}: {said}. Up to step {step + good} it is recorded "
+        f"in {recorder.directory}, for Recording(directory, ...) to open. Lower the learning rate, clip gradients by "
+        f"their norm, or look at the examples of that step, {np.asarray(batches[bad])[:8].tolist()}."
     )
 
 

@@ -314,8 +314,8 @@ def check_companions(apply_fn, params, x_s, x_q, loss, clean_loss, test_loss):
     """The losses that only a report uses, checked before the run instead of after it."""
     check_order(loss, x_s, x_q)
     if clean_loss is not None:
-        check_clean(clean_loss, loss)
         check_targets(clean_loss, *check_apply(apply_fn, params, x_s, "x_s"), name="clean_loss")
+        check_clean(clean_loss, loss)
     if test_loss is not None:
         check_loss(test_loss, "test_loss")
         if x_q is None:

@@ -72,11 +72,11 @@ def train(apply_fn, optimizer, loss, x_s, state, batches, extra_args=None):
 @partial(jax.jit, static_argnums=(0, 1, 6))
 def finite_steps(apply_fn, optimizer, loss, x_s, state, batches, extra_args=None):
     """For every step, whether its batch's loss is finite before it, and the state after it."""
-    start = state
+    before = finite_leaves(state)
 
     def step(state, batch):
         state, value = one_step(apply_fn, optimizer, loss, x_s, state, batch, extra_args)
-        return state, (jnp.isfinite(value), ~lost(start, state).any())
+        return state, (jnp.isfinite(value), ~(before & ~finite_leaves(state)).any())
 
     return jax.lax.scan(step, state, batches)[1]
 
@@ -91,21 +91,17 @@ def one_step(apply_fn, optimizer, loss, x_s, state, batch, extra_args):
 
 
 @jax.jit
-def lost(start: TrainState, state: TrainState) -> Array:
-    """For every leaf, whether it was finite at the start and is no more; what starts infinite may stay so."""
-
-    def one(before, after):
-        if not jnp.issubdtype(jnp.result_type(after), jnp.inexact):
-            return jnp.zeros((), bool)
-        return jnp.isfinite(before).all() & ~jnp.isfinite(after).all()
-
-    return jnp.stack([one(*pair) for pair in zip(*map(jax.tree.leaves, (start, state)), strict=True)])
+def finite_leaves(state: TrainState) -> Array:
+    """For every leaf, whether all of it is finite."""
+    leaves = map(jnp.asarray, jax.tree.leaves(state))
+    inexact = [(leaf, jnp.issubdtype(leaf.dtype, jnp.inexact)) for leaf in leaves]
+    return jnp.stack([jnp.isfinite(leaf).all() if given else jnp.ones((), bool) for leaf, given in inexact])
 
 
-def names_of_lost(start: TrainState, state: TrainState) -> str:
-    """The leaves that are finite no more, by name."""
-    gone = np.flatnonzero(np.asarray(lost(start, state)))
-    named = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+def names_of_lost(before: Array, state: TrainState) -> str:
+    """The leaves that are finite no more, by name; what was infinite before, a plateau's best loss, may stay so."""
+    gone = np.flatnonzero(np.asarray(before) & ~np.asarray(finite_leaves(state)))
+    named = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)] if len(gone) else []
     names = [jax.tree_util.keystr(named[k]).lstrip(".") for k in gone]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
