@@ -102,7 +102,7 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.clip(sides[0] @ sides[1], -1, 1))
 
 
-def ratio(part: float, whole: float) -> float:
+def ratio(part: float | np.floating, whole: float | np.floating) -> float:
     """part / whole; nan where there is no whole."""
     return float(part / whole) if whole != 0 else float("nan")
 

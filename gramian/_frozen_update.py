@@ -105,8 +105,9 @@ class FrozenUpdate:
             self._state_kinds = joined
         refused = [value.reason for value in outputs[: self._num_params] if value.kind == Kind.FROZEN]
         if refused:
-            for link in _links(given):  # the one that refuses by itself is the one to name
-                FrozenUpdate(link, params, extra_args, batch)
+            for link in _links(given):  # one that is refused by itself is the one to name
+                with contextlib.suppress(TypeError):
+                    FrozenUpdate(link, params, extra_args, batch)
             raise ValueError(
                 f"{_names(tx)} cannot be analysed: given its realized state, its step is not linear in the gradients "
                 f"because of {refused[0]!r}. SGD, momentum, Nesterov, Adam, AdamW, RMSProp, clipping by norm, "
@@ -309,10 +310,16 @@ def _switch(eqn: Any, operands: list[Value], forced: bool) -> list[Value]:
 
 
 def _links(tx: Any) -> list[optax.GradientTransformation]:
-    """The transformations of a chain, as its functions hold them; none where it is no chain."""
-    held = inspect.getclosurevars(tx.update).nonlocals if inspect.isfunction(tx.update) else {}
-    pairs = held.get("init_fns"), held.get("update_fns")
-    return [optax.GradientTransformation(*pair) for pair in zip(*pairs, strict=True)] if all(pairs) else []
+    """The transformations that a chain, a named chain or a partition holds in its functions; none for anything else."""
+    held: dict[str, Any] = {}
+    for function in (tx.init, tx.update):
+        if inspect.isfunction(function):
+            held |= inspect.getclosurevars(function).nonlocals
+    pairs, parts = (held.get("init_fns"), held.get("update_fns")), held.get("transforms", ())
+    if all(pairs):
+        return [optax.GradientTransformation(*pair) for pair in zip(*pairs, strict=True)]
+    links = parts.values() if isinstance(parts, dict) else [one[-1] for one in parts if isinstance(one, tuple)]
+    return [link for link in links if hasattr(link, "update")]
 
 
 def _names(tx: Any) -> str:

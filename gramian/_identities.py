@@ -49,6 +49,7 @@ def judge(
     tolerance: float,
     rounding: float = 0.0,
     estimate: float = 0.0,
+    remedy: str = "lower rtol",
     note: str = "",
 ) -> Identity:
     """The verdict on a quantity of the given size that is missed by so much.
@@ -66,7 +67,7 @@ def judge(
     residual, holds = float(missed / size), bool(missed <= allowed)
     if holds and allowed >= size:
         rounds = rounding >= max(tolerance * size, estimate)
-        why = "rounding may be" if rounds else "lower rtol, errors of the steps may be"
+        why = "rounding may be" if rounds else f"{remedy}, errors of the steps may be"
         note = f"no verdict: {why} {allowed / size:.1g} times what moved"
         return Identity(name, statement, residual, None, None, note)
     return Identity(name, statement, residual, float(allowed / size), holds, note)

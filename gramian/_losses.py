@@ -166,36 +166,36 @@ def softmax_cross_entropy(labels: Array) -> OutputLoss:
       >>> softmax_cross_entropy(jnp.array([1])).grad(jnp.zeros((1, 2)))
       Array([ 0.5, -0.5], dtype=float64)
     """
-    labels = _as_array(labels, "labels")
-    if np.issubdtype(labels.dtype, np.integer):
-        if labels.ndim != 1:
+    given = _as_array(labels, "labels")
+    if np.issubdtype(given.dtype, np.integer):
+        if given.ndim != 1:
             raise ValueError(
-                f"labels has shape {labels.shape} and dtype {labels.dtype}; integer classes must have shape (n,): "
-                + _class_remedy(labels)
+                f"labels has shape {given.shape} and dtype {given.dtype}; integer classes must have shape (n,): "
+                + _class_remedy(given)
             )
-        if not labels.size:
+        if not given.size:
             raise ValueError("labels is empty; it needs one class for each example.")
-        for extreme in (labels.min(), labels.max()):
+        for extreme in (given.min(), given.max()):
             if not 0 <= extreme <= np.iinfo(np.int32).max:
                 raise ValueError(
                     f"labels holds {extreme}; classes are counted from 0. Take examples that have no class out of the "
                     "inputs and the labels."
                 )
-        return OutputLoss(jnp.asarray(labels, jnp.int32), _softmax_class, "softmax cross-entropy")
-    if labels.dtype == bool or labels.ndim != 2:
-        raise (TypeError if labels.dtype == bool else ValueError)(
-            f"labels has shape {labels.shape} and dtype {labels.dtype}; pass integers (n,) or probabilities (n, c): "
+        return OutputLoss(jnp.asarray(given, jnp.int32), _softmax_class, "softmax cross-entropy")
+    if given.dtype == bool or given.ndim != 2:
+        raise (TypeError if given.dtype == bool else ValueError)(
+            f"labels has shape {given.shape} and dtype {given.dtype}; pass integers (n,) or probabilities (n, c): "
             "classes by labels.astype(int), probabilities in the dtype of the outputs."
         )
-    labels = _real_targets(labels, "labels")
-    if not bool(jnp.all(labels >= 0)) or not bool(jnp.allclose(labels.sum(1), 1.0, atol=1e-5)):
+    rows = _real_targets(given, "labels")
+    sums = rows.sum(1)
+    if not bool(jnp.all(rows >= 0)) or not bool(jnp.allclose(sums, 1.0, atol=1e-5)):
         raise ValueError(
             "each row of labels must be a probability vector, non-negative and adding up to 1, but entries go from "
-            f"{float(labels.min()):.4g} to {float(labels.max()):.4g} and rows add up to "
-            f"{float(labels.sum(1).min()):.6g} to {float(labels.sum(1).max()):.6g}. Divide each row by its sum, or "
-            "pass classes as integers (n,)."
+            f"{float(rows.min()):.4g} to {float(rows.max()):.4g} and rows add up to {float(sums.min()):.6g} to "
+            f"{float(sums.max()):.6g}. Divide each row by its sum, or pass classes as integers (n,)."
         )
-    return OutputLoss(labels, _softmax_probabilities, "softmax cross-entropy")
+    return OutputLoss(rows, _softmax_probabilities, "softmax cross-entropy")
 
 
 def _class_remedy(labels: np.ndarray) -> str:
@@ -253,11 +253,11 @@ def convex_loss(example_loss: ExampleLoss, targets: Array) -> OutputLoss:
             f"example_loss is a {type(example_loss).__name__}, but must be a function of (outputs (c,), target): "
             "convex_loss(example_loss, targets)."
         )
-    targets = _as_array(targets, "targets")
-    if targets.ndim == 0:
-        raise ValueError(f"targets is a scalar, {targets}; it needs a leading axis of examples.")
-    _check_finite(targets, "targets")
-    return OutputLoss(jnp.asarray(targets), example_loss, getattr(example_loss, "__name__", "convex"))
+    rows = _as_array(targets, "targets")
+    if rows.ndim == 0:
+        raise ValueError(f"targets is a scalar, {rows}; it needs a leading axis of examples.")
+    _check_finite(rows, "targets")
+    return OutputLoss(jnp.asarray(rows), example_loss, getattr(example_loss, "__name__", "convex"))
 
 
 def _as_rows(y):

@@ -99,7 +99,8 @@ class RunAccount:
                 continue
             missed, size = float(np.linalg.norm(ours - expected)), float(np.linalg.norm(scale))
             discretised = 10 * float(np.linalg.norm(ours - theirs))
-            found.append(judge(name, statement, missed, size, tolerance=floor, rounding=rounding, estimate=discretised))
+            allowed = {"tolerance": floor, "rounding": rounding, "estimate": discretised}
+            found.append(judge(name, statement, missed, size, **allowed, remedy="raise quadrature"))
         return found
 
     def invisibility(self, seen: np.ndarray, motion: np.ndarray) -> Identity:

@@ -125,6 +125,11 @@ def check_training(apply_fn, params, x_s, loss) -> int:
     spec = check_apply(apply_fn, params, x_s, "x_s")
     check_all_move(apply_fn, params, x_s)
     check_targets(loss, *spec)
+    if jnp.finfo(spec.dtype).bits < 32:
+        raise TypeError(
+            f"params and outputs have dtype {spec.dtype}, in which a run could not be told from its rounding: "
+            "keep params in float32, and cast inside apply_fn to compute in less, as mixed precision does."
+        )
     for name, tree in (("params", params), ("x_s", x_s)):
         check_finite(tree, name)
     return spec.num_examples
