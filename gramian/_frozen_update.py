@@ -315,9 +315,9 @@ def _links(tx: Any) -> list[optax.GradientTransformation]:
     for function in (tx.init, tx.update):
         if inspect.isfunction(function):
             held |= inspect.getclosurevars(function).nonlocals
-    pairs, parts = (held.get("init_fns"), held.get("update_fns")), held.get("transforms", ())
-    if all(pairs):
-        return [optax.GradientTransformation(*pair) for pair in zip(*pairs, strict=True)]
+    inits, updates, parts = held.get("init_fns", ()), held.get("update_fns", ()), held.get("transforms", ())
+    if inits and updates:
+        return [optax.GradientTransformation(*pair) for pair in zip(inits, updates, strict=True)]
     links = parts.values() if isinstance(parts, dict) else [one[-1] for one in parts if isinstance(one, tuple)]
     return [link for link in links if hasattr(link, "update")]
 

@@ -395,7 +395,7 @@ def _stop_where_lost(problem, batches, extra_args, recorder: Recorder, step: int
     else:
         said = "the loss of its batch is NaN or infinite"
     raise FloatingPointError(
-        f"the run leaves the finite numbers at step {step + bad + 1}: {said}. The steps before, up to {step + good}, are "
+        f"the run leaves the finite numbers at step {step + bad + 1}: {said}. The steps up to {step + good} are "
         f"recorded in {recorder.directory}, for Recording(directory, ...) to open. Lower the learning rate, clip "
         f"gradients by their norm, or look at the examples of that step, {np.asarray(batches[bad])[:8].tolist()}."
     )
