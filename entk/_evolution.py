@@ -75,12 +75,21 @@ def centered_kernel_alignment(k: Kernel, k0: Kernel) -> Float[Array, ""]:
       1.0
     """
     _check_square(k=k, k0=k0)
-    a, b = _center(k), _center(k0)
-    return jnp.sum(a * b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
+    a, b = _centered(k), _centered(k0)
+    return jnp.clip(jnp.sum(a * b), -1, 1)
 
 
-def _center(k):
-    return k - k.mean(0) - k.mean(1, keepdims=True) + k.mean()
+def _scaled(k):
+    """Its largest entry is 1, so that squares neither overflow nor vanish; nan for a zero kernel."""
+    return k / jnp.abs(k).max()
+
+
+def _centered(k):
+    """HKH / ‖HKH‖_F; nan where it is nothing but the rounding of what was taken away."""
+    k = _scaled(k)
+    centered = k - k.mean(0) - k.mean(1, keepdims=True) + k.mean()
+    norm = jnp.linalg.norm(centered)
+    return centered / jnp.where(norm > len(k) * jnp.finfo(centered.dtype).eps * jnp.linalg.norm(k), norm, jnp.nan)
 
 
 def principal_angles(k: Kernel, k0: Kernel, rank: int) -> Float[Array, " r"]:
@@ -139,7 +148,8 @@ def effective_rank(k: Kernel) -> Float[Array, ""]:
       Array(4., dtype=float64)
     """
     _check_square(k=k)
-    return jnp.trace(k) ** 2 / jnp.sum(k * k.T)
+    k = _scaled(k)
+    return jnp.minimum(jnp.trace(k) ** 2 / jnp.sum(k * k.T), len(k))
 
 
 @jax.jit
@@ -169,6 +179,7 @@ def target_alignment(k: Kernel, targets: Float[Array | np.ndarray, " N"]) -> Flo
     _check_square(k=k)
     if jnp.shape(targets) != (k.shape[0],):
         raise ValueError(f"targets has shape {jnp.shape(targets)}, but the kernel needs ({k.shape[0]},).")
-    return jnp.vdot(targets, jnp.matmul(k, targets, precision=PRECISION)) / (
-        jnp.vdot(targets, targets) * jnp.linalg.norm(k)
-    )
+    k = _scaled(k)
+    y = jnp.asarray(targets) / jnp.abs(jnp.asarray(targets)).max()
+    share = jnp.vdot(y, jnp.matmul(k, y, precision=PRECISION)) / (jnp.vdot(y, y) * jnp.linalg.norm(k))
+    return jnp.clip(share, -1, 1)

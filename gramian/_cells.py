@@ -9,7 +9,7 @@ import numpy as np
 
 from gramian._channel import Channel
 from gramian._flow import Flow
-from gramian._losses import OutputLoss
+from gramian._losses import OutputLoss, check_loss
 
 
 class Cell(NamedTuple):
@@ -64,15 +64,21 @@ def four_cells(flow: Flow, channel: Channel, clean_loss: OutputLoss | None = Non
     g = np.asarray(flow.output_grad(flow.params0))
     parts = {"signal": g}
     if clean_loss is not None:
-        if clean_loss.name != flow.loss.name or clean_loss.targets.shape != flow.loss.targets.shape:
-            raise ValueError(
-                f"clean_loss is {clean_loss.name} with targets {clean_loss.targets.shape}, but the flow's loss is "
-                f"{flow.loss.name} with targets {flow.loss.targets.shape}; build both alike."
-            )
+        check_clean(clean_loss, flow.loss)
         signal = np.asarray(clean_loss.grad(flow.source.outputs(flow.params0)[0]))
         parts = {"signal": signal, "noise": g - signal}
     p, w, _, transfer = (np.asarray(operator) for operator in flow.require_operators())
     return cells_of(parts, channel, lambda v: (p @ v, np.sum(v * (w @ v), axis=0), transfer @ v))
+
+
+def check_clean(clean_loss: OutputLoss, loss: OutputLoss) -> None:
+    """Signal and noise add up to g only where both losses are one but for their targets."""
+    check_loss(clean_loss, "clean_loss")
+    if clean_loss.name != loss.name or clean_loss.targets.shape != loss.targets.shape:
+        raise ValueError(
+            f"clean_loss is {clean_loss.name} with targets {clean_loss.targets.shape}, but the run's loss is "
+            f"{loss.name} with targets {loss.targets.shape}; build both alike."
+        )
 
 
 def cells_of(

@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Array, Float
 
+from gramian._checks import check_real
+
 
 class ChannelRule(Protocol):
     """Where the channel ends: how many of the descending eigenvalues of W_S belong to it."""
@@ -25,7 +27,7 @@ class TraceShare:
       share: in (0, 1].
 
     Raises:
-      ValueError: share outside (0, 1].
+      TypeError, ValueError: share that is no number in (0, 1].
 
     Example:
       >>> import numpy as np
@@ -37,8 +39,9 @@ class TraceShare:
     share: float = 0.95
 
     def __post_init__(self):
+        object.__setattr__(self, "share", check_real("share", self.share))
         if not 0 < self.share <= 1:
-            raise ValueError(f"share={self.share} must lie in (0, 1].")
+            raise ValueError(f"share={self.share} must lie in (0, 1]: 0.95 keeps 95 % of the trace.")
 
     def rank(self, eigenvalues: np.ndarray, trace: float | None = None) -> int:
         held = np.cumsum(eigenvalues)
@@ -55,7 +58,7 @@ class AboveThreshold:
       threshold: ≥ 0. Under the squared loss eigenvalues lie between 0 and n/2.
 
     Raises:
-      ValueError: negative threshold.
+      TypeError, ValueError: a threshold that is no number, negative or NaN.
 
     Example:
       >>> import numpy as np
@@ -67,6 +70,7 @@ class AboveThreshold:
     threshold: float
 
     def __post_init__(self):
+        object.__setattr__(self, "threshold", check_real("threshold", self.threshold))
         if not self.threshold >= 0:
             raise ValueError(f"threshold={self.threshold} must not be negative.")
 

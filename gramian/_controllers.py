@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from gramian._checks import check_real
+
 
 class Decision(NamedTuple):
     """Whether a trial step stands, and the length of the next trial."""
@@ -47,7 +49,7 @@ class AdaptiveStep:
       first_step: length of the first trial step in units of time; None takes the reciprocal of the flow's fastest rate.
 
     Raises:
-      ValueError: rtol ≤ 0, atol < 0, first_step ≤ 0, or values that are not finite.
+      TypeError, ValueError: rtol ≤ 0, atol < 0, first_step ≤ 0, or values that are not finite numbers.
 
     Example:
       >>> from gramian import AdaptiveStep
@@ -60,6 +62,8 @@ class AdaptiveStep:
     first_step: float | None = None
 
     def __post_init__(self):
+        for name in ("rtol", "atol", *(() if self.first_step is None else ("first_step",))):
+            object.__setattr__(self, name, check_real(name, getattr(self, name)))
         _require(math.isfinite(self.rtol) and self.rtol > 0, f"rtol={self.rtol!r} must be positive and finite")
         _require(math.isfinite(self.atol) and self.atol >= 0, f"atol={self.atol!r} must be finite and not negative")
         _require(
@@ -91,7 +95,7 @@ class ConstantStep:
       dt: length of a step in units of time, > 0. The last step is shortened to end at t1.
 
     Raises:
-      ValueError: dt is not positive and finite.
+      TypeError, ValueError: dt is not a positive and finite number.
 
     Example:
       >>> from gramian import ConstantStep
@@ -102,6 +106,7 @@ class ConstantStep:
     dt: float
 
     def __post_init__(self):
+        object.__setattr__(self, "dt", check_real("dt", self.dt))
         _require(math.isfinite(self.dt) and self.dt > 0, f"dt={self.dt!r} must be positive and finite")
 
     def init(self, fastest_rate: float) -> float:

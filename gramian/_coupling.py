@@ -17,8 +17,8 @@ class Coupling:
       matrix: A, (M, N).
       predicted: A (U_S(T) − U_S(s)), from the observed training displacement, (M,).
       observed: U_Q(T) − U_Q(s), (M,).
-      correlation: of predicted and observed.
-      relative_error: ‖predicted − observed‖ / ‖observed‖.
+      correlation: of predicted and observed, in [−1, 1]; nan where one of them is constant.
+      relative_error: ‖predicted − observed‖ / ‖observed‖; nan where nothing moved.
       unexplained: ‖(G − A D) W^{+1/2}‖_F / ‖G W^{+1/2}‖_F, the part of the transfer that no linear predictor from the
         training displacement explains; 0 to rounding for the squared loss.
       residual: for the squared loss ‖G − A D‖_F / ‖G‖_F; else by how much (G − A D) W⁺ (G − A D)ᵀ misses R⊥R⊥ᵀ,
@@ -70,33 +70,46 @@ def coupling(flow: Flow) -> Coupling:
     r, s = g @ root, d @ root
     if flow.loss.isotropic:
         a = g @ np.linalg.pinv(d, rcond=len(d) * eps)
-        residual = np.linalg.norm(g - a @ d) / np.linalg.norm(g)
+        residual = ratio(np.linalg.norm(g - a @ d), np.linalg.norm(g))
     else:
         a = r @ np.linalg.pinv(s, rcond=len(d) * eps)
-        residual = _gram_distance((g - a @ d) @ root, r @ _null_space(s, len(d) * eps)) / np.linalg.norm(r) ** 2
-    (u0, q0), (u1, q1) = (map(np.asarray, flow.outputs(params)) for params in (flow.params0, flow.params))
+        missed = _gram_distance((g - a @ d) @ root, r @ _null_space(s, len(d) * eps))
+        residual = ratio(missed, np.linalg.norm(r) ** 2)
+    ends = (flow.outputs(params) for params in (flow.params0, flow.params))
+    (u0, q0), (u1, q1) = ([np.asarray(one, np.float64) for one in end] for end in ends)
     predicted, observed = a @ (u1 - u0), q1 - q0
     return Coupling(
         matrix=a,
         predicted=predicted,
         observed=observed,
-        correlation=_correlation(predicted, observed),
-        relative_error=float(np.linalg.norm(predicted - observed) / np.linalg.norm(observed)),
-        unexplained=float(np.linalg.norm(r - a @ s) / np.linalg.norm(r)),
-        residual=float(residual),
+        correlation=correlation(predicted, observed),
+        relative_error=ratio(np.linalg.norm(predicted - observed), np.linalg.norm(observed)),
+        unexplained=ratio(np.linalg.norm(r - a @ s), np.linalg.norm(r)),
+        residual=residual,
     )
 
 
-def _correlation(x, y):
-    """Pearson's correlation; nan where one side is constant."""
-    x, y = x - x.mean(), y - y.mean()
-    size = np.linalg.norm(x) * np.linalg.norm(y)
-    return float(x @ y / size) if size > 0 else float("nan")
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's correlation, in [−1, 1]; nan where one side is constant, to the rounding of its mean."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    sides = []
+    for side in (x, y):
+        centred, size = side - side.mean(), np.linalg.norm(side)
+        spread = np.linalg.norm(centred)
+        if not spread > len(side) * np.finfo(float).eps * size:
+            return float("nan")
+        sides.append(centred / spread)
+    return float(np.clip(sides[0] @ sides[1], -1, 1))
+
+
+def ratio(part: float | np.floating, whole: float | np.floating) -> float:
+    """part / whole; nan where there is no whole."""
+    return float(part / whole) if whole != 0 else float("nan")
 
 
 def _null_space(s, rcond):
     _, values, rows = np.linalg.svd(s)
-    return rows[np.sum(values > rcond * values.max()) :].T
+    return rows[np.sum(values > rcond * values.max(initial=0)) :].T
 
 
 def _gram_distance(x, y):

@@ -76,7 +76,10 @@ def say(ax: Axes, text: str) -> None:
 
 def log_y(ax: Axes, values: np.ndarray) -> None:
     drawn = values[values > 0]
-    low, high = (drawn.min() / 2, 2 * drawn.max()) if drawn.size else (0.1, 1.0)
+    if not drawn.size:  # nothing to draw, and a logarithmic axis would warn
+        ax.set_ylim(0.1, 1)
+        return
+    low, high = drawn.min() / 2, 2 * drawn.max()
     if np.floor(np.log10(high)) <= np.ceil(np.log10(low)):  # fewer than two powers of ten to label
         low, high = 10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high))
     ax.set_yscale("log", nonpositive="mask")
@@ -134,7 +137,7 @@ def draw_losses(
     ax.plot(x, observed, color=BLUE, lw=2.8, label=r"training loss $\Phi$")
     ax.plot(x, predicted, color=RED, lw=1.4, ls="--", label=rf"predicted, ${first} - g^T {gramian}\,g$")
     ax.axhline(start, color="black", lw=1, ls=":", label=rf"at the start, ${first}$ = {start:.3g}")
-    label = rf"largest difference, {missed / start:.1e} ${first}$"
+    label = rf"largest difference, {missed / start:.1e} ${first}$" if start > 0 else f"largest difference, {missed:.1e}"
     if observed.min() < 0.05 * start:
         if missed > observed.min() / 2:
             ax.axhline(missed, color=GREY, lw=1, ls="-.", label=label)
@@ -144,6 +147,6 @@ def draw_losses(
         rounding_floor(ax, predicted, np.finfo(observed.dtype).eps * start, "predictions below rounding")
     else:
         say(ax, label)
-        ax.set_ylim(0, 1.05 * max(start, float(observed.max())))
+        ax.set_ylim(0, 1.05 * max(start, float(observed.max())) or 1.0)
     title_of(ax, "Loss and its dissipation")
     ax.set_ylabel("training loss (mean over examples)")

@@ -17,9 +17,10 @@ class FillOrder:
 
     Attributes:
       eigenvalues: of K_SS(t0), descending, (N,).
-      half_times: first time at which v_iᵀ W_S v_i reaches half its final value, (N,), in units of time.
-      correlation: Spearman's rank correlation of −eigenvalues and half_times: 1 when the channel fills from the top
-        eigenvalue down, nan where all are equal.
+      half_times: first time at which v_iᵀ W_S v_i reaches half its final value, (N,), in units of time; nan for
+        directions that stay empty.
+      correlation: Spearman's rank correlation of −eigenvalues and half_times over the others: 1 when the channel fills
+        from the top eigenvalue down, nan where all are equal.
     """
 
     eigenvalues: np.ndarray
@@ -53,12 +54,14 @@ def fill_order(flow: Flow) -> FillOrder:
         raise ValueError("the flow has no record of the channel's filling; pass observables={'fill': ChannelFill()}.")
     values = np.linalg.eigvalsh(np.asarray(flow.source.k_ss(flow.params0)))[::-1]
     times = np.concatenate([[flow.t0], flow.history["t"]])
-    share = np.vstack([np.zeros(len(values)), filled / filled[-1]])
-    half_times = np.array([_crossing(times, column, 0.5) for column in share.T])
+    held = np.vstack([np.zeros(len(values)), filled])
+    half_times = np.array([_crossing(times, column, column[-1] / 2) if column[-1] > 0 else np.nan for column in held.T])
+    filling = np.isfinite(half_times)
+    of, when = values[filling], half_times[filling]
     # A rank correlation needs two different values on either side.
-    ordered = np.ptp(values) > 0 and np.ptp(half_times) > 0
-    correlation = spearmanr(-values, half_times)[0] if ordered else np.nan
-    return FillOrder(values, half_times, float(correlation))  # pyright: ignore[reportArgumentType]
+    ordered = filling.any() and np.ptp(of) > 0 and np.ptp(when) > 0
+    correlation = np.clip(spearmanr(-of, when)[0], -1, 1) if ordered else np.nan  # pyright: ignore
+    return FillOrder(values, half_times, float(correlation))
 
 
 def _crossing(times, values, level):

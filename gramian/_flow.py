@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from entk import Structured
+from entk._checks import check_count
 from entk._ntk import Strategy
 from gramian._checkpoint import Checkpoint
-from gramian._checks import check_problem, check_times
+from gramian._checks import check_kind, check_problem, check_times
 from gramian._controllers import AdaptiveStep, Controller
 from gramian._integrator import FlowState, Integrator
 from gramian._interrupts import answer, interruptible
@@ -46,6 +47,8 @@ class Flow:
       saved_params: parameters at the times of `save_at`, in their order.
       num_steps, num_rejected: accepted and rejected trial steps.
       tolerance: relative residual that the run's step-size control allows in the identities; None if it promises none.
+      missed: local errors of u_S, U_Q and g as the steps themselves estimated them, root mean squares in their units,
+        added up; (3,), zeros where none were estimated.
     """
 
     source: KernelSource
@@ -62,6 +65,7 @@ class Flow:
     num_steps: int
     num_rejected: int
     tolerance: float | None
+    missed: np.ndarray = field(default_factory=lambda: np.zeros(3))
 
     def recorded(self, kind: type) -> Any:
         """Values over the steps of the observable of this class; None if it was not recorded."""
@@ -136,7 +140,8 @@ def gradient_flow(
         that is not convex.
       MemoryError: Jacobian and operators would not fit; nothing has been allocated then.
       RuntimeError: more than max_num_steps.
-      FloatingPointError: no step, however short, is good enough.
+      FloatingPointError: no step, however short, is good enough; kernels or operators that are not finite; the time
+        and the size of what is left say where.
       OSError: a checkpoint's folder that cannot be written to or read; what was saved stays.
 
     Not supported: preconditioned, stochastic or momentum dynamics; N so large that N × N matrices do not fit.
@@ -156,11 +161,8 @@ def gradient_flow(
     """
     source = KernelSource(apply_fn, x_s, x_q, strategy)
     t0, t1, save_at = check_times(t0, t1, save_at)
-    taken = {"t", "h", "loss", "error"} & set(observables or {})
-    if taken:
-        raise ValueError(f"observables must not be called {sorted(taken)}: the history has entries of that name.")
-    if max_num_steps < 1:
-        raise ValueError(f"max_num_steps={max_num_steps} must be at least 1.")
+    _check_parts(stepper, controller, observables, checkpoint)
+    max_num_steps = check_count("max_num_steps", max_num_steps)
     check_problem(source, loss, params)
     params = jax.tree.map(jnp.asarray, params)
     integrator = Integrator(source, loss, stepper, controller, dict(observables or {}))
@@ -204,6 +206,20 @@ def gradient_flow(
     return _finish(integrator, params, state, infos, [saved_at[t] for t in save_at], t0)
 
 
+def _check_parts(stepper, controller, observables, checkpoint) -> None:
+    check_kind("stepper", stepper, ("init", "step"), "ExponentialMidpoint() or ExponentialEuler()")
+    check_kind("controller", controller, ("init", "update", "scale", "tolerance"), "AdaptiveStep() or ConstantStep(dt)")
+    if not isinstance(observables or {}, Mapping):
+        raise TypeError(f"observables={observables!r} must be a dict of names, e.g. {{'kernel': KernelEvolution()}}.")
+    for name, one in (observables or {}).items():
+        check_kind(f"observables[{name!r}]", one, ("init", "update"), "an observable, e.g. KernelEvolution()")
+    taken = {"t", "h", "loss", "error"} & set(observables or {})
+    if taken:
+        raise ValueError(f"observables must not be called {sorted(taken)}: the history has entries of that name.")
+    if checkpoint is not None:
+        check_kind("checkpoint", checkpoint, ("restore", "save"), "Checkpoint(directory)")
+
+
 def _finish(integrator: Integrator, params0: PyTree, state: FlowState, infos, saved, t0: float) -> Flow:
     stacked = jax.tree.map(lambda *values: np.stack(values), *infos)
     return Flow(
@@ -221,6 +237,7 @@ def _finish(integrator: Integrator, params0: PyTree, state: FlowState, infos, sa
         num_steps=state.num_steps,
         num_rejected=state.num_rejected,
         tolerance=attainable(integrator.controller.tolerance(state.num_steps), state.outputs_s),
+        missed=np.asarray(state.missed, np.float64),
     )
 
 

@@ -9,6 +9,7 @@ ways (second moments, norms, masks) is a coefficient.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -103,10 +104,13 @@ class FrozenUpdate:
             self._state_kinds = joined
         refused = [value.reason for value in outputs[: self._num_params] if value.kind == Kind.FROZEN]
         if refused:
+            for link in _links(given):  # one that is refused by itself is the one to name
+                with contextlib.suppress(TypeError):
+                    FrozenUpdate(link, params, extra_args, batch)
             raise ValueError(
                 f"{_names(tx)} cannot be analysed: given its realized state, its step is not linear in the gradients "
                 f"because of {refused[0]!r}. SGD, momentum, Nesterov, Adam, AdamW, RMSProp, clipping by norm, "
-                "schedules and poprisk_gate are supported."
+                "schedules and poprisk_gate are supported: use one of them, or train without recording."
             )
 
     def __eq__(self, other):
@@ -300,6 +304,19 @@ def _switch(eqn: Any, operands: list[Value], forced: bool) -> list[Value]:
         Value(realized, kind.kind, linear, kind.reason)
         for (realized, linear), kind in zip(results, joined, strict=True)
     ]
+
+
+def _links(tx: Any) -> list[optax.GradientTransformation]:
+    """The transformations that a chain, a named chain or a partition holds in its functions; none for anything else."""
+    held: dict[str, Any] = {}
+    for function in (tx.init, tx.update):
+        if inspect.isfunction(function):
+            held |= inspect.getclosurevars(function).nonlocals
+    inits, updates, parts = held.get("init_fns", ()), held.get("update_fns", ()), held.get("transforms", ())
+    if inits and updates:
+        return [optax.GradientTransformation(*pair) for pair in zip(inits, updates, strict=True)]
+    links = parts.values() if isinstance(parts, dict) else [one[-1] for one in parts if isinstance(one, tuple)]
+    return [link for link in links if hasattr(link, "update")]
 
 
 def _names(tx: Any) -> str:

@@ -13,13 +13,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gramian._controllers import AdaptiveStep, Controller
-from gramian._losses import OutputLoss
+from gramian._frozen import FrozenKernel
+from gramian._losses import OutputLoss, block_product
 from gramian._observables import Observable
 from gramian._operators import Operators, init_operators, update_operators
 from gramian._source import KernelSource
-from gramian._steppers import ExponentialMidpoint, KernelPoint, Stepper, rms
+from gramian._steppers import ExponentialMidpoint, KernelPoint, Step, Stepper, rms
 
 PyTree = Any
+ROUNDINGS = 20  # of the outputs in one estimate of an error of g
 
 
 class FlowState(NamedTuple):
@@ -35,6 +37,7 @@ class FlowState(NamedTuple):
       operators: P, W_S, D and G from the start to t.
       observed: states of the observables, by name.
       num_steps, num_rejected: accepted and rejected trials so far.
+      missed: estimated local errors of u_S, U_Q and g, root mean squares in their units, added up over the steps; (3,).
     """
 
     t: float
@@ -48,6 +51,7 @@ class FlowState(NamedTuple):
     observed: dict[str, PyTree]
     num_steps: int
     num_rejected: int
+    missed: Array
 
 
 class StepInfo(NamedTuple):
@@ -99,8 +103,18 @@ class Integrator:
     observables: Mapping[str, Observable] = field(default_factory=dict)
 
     def init(self, params: PyTree, t0: float = 0.0) -> FlowState:
-        """The state of a flow that starts at `params` at time t0."""
+        """The state of a flow that starts at `params` at time t0.
+
+        Raises:
+          FloatingPointError: a kernel or a Hessian that is not finite there.
+        """
         carry = _init_point(self.stepper, self.source, self.loss, params)
+        if not np.isfinite(jax.device_get(carry.frozen.rates)).all():
+            raise FloatingPointError(
+                f"B K_SS is not finite at the start, t={t0:.6g}, although the outputs are: {_infinite(carry.frozen)}. "
+                "Check apply_fn and the loss for derivatives that are infinite or overflow there, as those of sqrt, "
+                "abs(x)**a, norm at 0, or scale them down."
+            )
         u_s, u_q = self.source.outputs(params)
         observed = {
             name: observable.init(self.source, self.loss, carry) for name, observable in self.observables.items()
@@ -117,13 +131,15 @@ class Integrator:
             observed=observed,
             num_steps=0,
             num_rejected=0,
+            missed=jnp.zeros(3, u_s.dtype),
         )
 
     def update(self, state: FlowState, t_end: float) -> tuple[FlowState, StepInfo]:
         """One accepted step, not beyond t_end.
 
         Raises:
-          FloatingPointError: outputs that are not finite at a step that cannot be shortened any more.
+          FloatingPointError: outputs that are not finite at a step that cannot be shortened any more; operators that
+            are not finite.
           ValueError: a negative eigenvalue of B (the loss is not convex).
         """
         rejected = state.num_rejected
@@ -140,16 +156,25 @@ class Integrator:
                 break
             h = proposed if np.isfinite(error) else length / 5
             rejected += 1
-            if h <= 1e-14 * max(abs(state.t), t_end - state.t):
+            if not h > 1e-14 * max(abs(state.t), t_end - state.t):
                 raise FloatingPointError(
-                    f"no step from t={state.t:.6g} meets the tolerance, down to length {h:.3g}: the outputs jump or "
-                    "are not finite there. Check apply_fn for kinks and overflow, or raise rtol."
+                    f"no step from t={state.t:.6g} meets the tolerance, down to length {h:.3g}: "
+                    f"{_reason(step, error)}. Up to there the training loss is "
+                    f"{float(self.loss.value(state.outputs_s)):.4g}, the largest output "
+                    f"{float(jnp.abs(state.outputs_s).max()):.4g}. Check apply_fn for kinks and overflow, or raise "
+                    "rtol."
                 )
         # Only now: a trial that is too long may look where the path never goes.
-        _check_convex(jax.device_get(step.point.frozen.rates), state.t)
-        operators, observed, values = _accept(
+        _check_convex(self.loss, step, state.t)
+        operators, observed, values, finite = _accept(
             tuple(self.observables.items()), self.source, self.loss, state, step, jnp.asarray(length)
         )
+        if not finite:
+            raise FloatingPointError(
+                f"the operators are not finite after the step from t={state.t:.6g} to {state.t + length:.6g}, although "
+                "the outputs are: K_SS or K_QS holds NaN or infinite values. Check apply_fn for derivatives that are "
+                "infinite or overflow at x_s and x_q."
+            )
         t = t_end if last else state.t + length
         new = FlowState(
             t=t,
@@ -164,6 +189,7 @@ class Integrator:
             observed=observed,
             num_steps=state.num_steps + 1,
             num_rejected=rejected,
+            missed=state.missed + jnp.stack([step.error_s, step.error_q, step.error_g]),
         )
         return new, StepInfo(t, length, float(self.loss.value(step.outputs_s)), error, jax.device_get(values))
 
@@ -188,16 +214,46 @@ def _trial(stepper, source, loss, params, carry, h):
 @jax.jit
 def _error_scales(u_s, u_q, step):
     sizes = [jnp.maximum(rms(a), rms(b)) for a, b in ((u_s, step.outputs_s), (u_q, step.outputs_q))]
-    return (step.error_s, step.error_q, step.error_g), sizes
+    # Labels may be fitted to the last digit: what rounding of the outputs makes of g is no error of the step.
+    noise = (
+        ROUNDINGS * jnp.finfo(u_s.dtype).eps * rms(block_product(step.point.frozen.hessian, jnp.abs(u_s).reshape(-1)))
+    )
+    return (step.error_s, step.error_q, jnp.maximum(step.error_g - noise, 0)), sizes
 
 
-def _check_convex(rates: np.ndarray, t: float) -> None:
-    lowest, highest = rates.min(), rates.max()
-    if lowest < -1e3 * np.finfo(rates.dtype).eps * len(rates) * highest:
+def _infinite(frozen: FrozenKernel) -> str:
+    """Which of K_SS and B holds what."""
+    counts = [(name, int(jnp.sum(~jnp.isfinite(one)))) for name, one in (("K_SS", frozen.k_ss), ("B", frozen.hessian))]
+    found = [f"{name} holds {bad} NaN or infinite values" for name, bad in counts if bad]
+    return " and ".join(found) or "their product overflows"
+
+
+def _reason(step: Step, error: float) -> str:
+    if np.isfinite(error):
+        return "the outputs jump or are not finite there"
+    broken = [
+        name
+        for name, one in (("training", step.outputs_s), ("test", step.outputs_q))
+        if not bool(jnp.isfinite(one).all())
+    ]
+    return f"the {' and '.join(broken)} outputs are not finite there" if broken else "the kernels are not finite there"
+
+
+def _check_convex(loss: OutputLoss, step: Step, t: float) -> None:
+    lowest, allowed = map(float, jax.device_get(_lowest_rate(loss, step)))
+    if lowest < -allowed:
         raise ValueError(
             f"the loss is not convex: B K_SS has the eigenvalue {lowest:.3g} in the step from t={t:.6g}, but B must be "
             "positive semi-definite along the whole path. Use a loss that is convex in the outputs."
         )
+
+
+@jax.jit
+def _lowest_rate(loss, step):
+    """The smallest eigenvalue of B K_SS, and how far below zero rounding takes it: that of B's own arithmetic too."""
+    frozen = step.point.frozen
+    size = loss.curvature(step.outputs_s) * jnp.linalg.norm(frozen.k_ss)
+    return frozen.rates.min(), 1e3 * jnp.finfo(frozen.rates.dtype).eps * size
 
 
 @partial(jax.jit, static_argnums=0)
@@ -207,4 +263,5 @@ def _accept(observables, source, loss, state, step, h):
     observed, values = {}, {}
     for name, observable in observables:
         observed[name], values[name] = observable.update(state.observed[name], source, step.point, operators, h)
-    return operators, observed, values
+    finite = jnp.stack([jnp.isfinite(one).all() for one in operators]).all()
+    return operators, observed, values, finite

@@ -16,7 +16,7 @@ from entk._checks import check_count
 from gramian._frozen_update import FrozenUpdate
 from gramian._losses import OutputLoss
 from gramian._realized_step import Data, Probes, Shared, Sums, carry, no_sums, start_probes, take
-from gramian._training_steps import TrainState, check_training
+from gramian._training_steps import TrainState, check_optimizer, check_training
 
 PyTree = Any
 
@@ -109,6 +109,7 @@ class LiveChannel:
     def init(self, params: PyTree, opt_state: PyTree, probes: Float[Array, "N r"] | None = None) -> LiveState:
         """Probes at the step before which this is called; orthonormal columns, or the top eigenvectors of K_SS."""
         check_training(self.apply_fn, params, self.x_s, self.loss)
+        check_optimizer(self.optimizer)
         check_count("quadrature", self.quadrature)
         check_count("every", self.every)
         if probes is None:

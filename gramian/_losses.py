@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 ExampleLoss = Callable[[Array, Array], Array]
@@ -47,7 +49,16 @@ class OutputLoss:
 
     def hessian(self, outputs: Float[Array, "n c"]) -> Float[Array, "n c c"]:
         """The diagonal blocks of B = ∇²Φ(u), one an example; everything else of B is zero."""
-        return jax.vmap(jax.hessian(self.example_loss))(outputs, self.targets) / outputs.shape[0]
+        block = _EXACT_HESSIANS.get(self.example_loss) or jax.hessian(self.example_loss)
+        return jax.vmap(block)(outputs, self.targets) / outputs.shape[0]
+
+    def curvature(self, outputs: Float[Array, "n c"]) -> Float[Array, ""]:
+        """The largest entry of B, here or at outputs of zero: the size against which B may cancel, a scalar.
+
+        A fitted softmax has blocks of 1e-12 which a loss written by hand computes from numbers of the size of 1.
+        """
+        here, at_zero = (jnp.abs(self.hessian(u)).max() for u in (outputs, jnp.zeros_like(outputs)))
+        return jnp.maximum(here, jnp.where(jnp.isfinite(at_zero), at_zero, 0))
 
 
 def block_product(blocks: Float[Array, "n c c"], matrix: Float[Array, "N ..."]) -> Float[Array, "N ..."]:
@@ -67,7 +78,8 @@ def squared_loss(y: Float[Array, "n ..."]) -> OutputLoss:
       An `OutputLoss`.
 
     Raises:
-      TypeError: integer targets. ValueError: targets that are not (n,) or (n, c), or not finite.
+      TypeError: targets that are not floating-point numbers. ValueError: targets that are not (n,) or (n, c), or not
+        finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,7 +115,7 @@ def logistic_loss(y: Float[Array, " n"]) -> OutputLoss:
       >>> logistic_loss(jnp.array([1.0])).hessian(jnp.zeros((1, 1)))
       Array([[[0.25]]], dtype=float64)
     """
-    y = _as_rows(_real_targets(y, "y"))
+    y = _as_rows(_real_targets(y, "y", "labels of 0 and 1 are mapped by 2.0 * y - 1"))
     if y.shape[1] != 1:
         raise ValueError(
             f"y has shape {y.shape}, but logistic_loss has one output an example: pass labels of shape (n,)."
@@ -144,7 +156,9 @@ def softmax_cross_entropy(labels: Array) -> OutputLoss:
       An `OutputLoss`.
 
     Raises:
-      ValueError: negative classes, probabilities that are negative or do not add up to 1, another shape.
+      TypeError: labels that are neither integers nor floating-point numbers.
+      ValueError: negative classes, probabilities that are negative or do not add up to 1, another shape: integers
+        (n, c), as one-hot rows are, and classes as floating-point numbers are not guessed at.
 
     Example:
       >>> import jax.numpy as jnp
@@ -152,21 +166,44 @@ def softmax_cross_entropy(labels: Array) -> OutputLoss:
       >>> softmax_cross_entropy(jnp.array([1])).grad(jnp.zeros((1, 2)))
       Array([ 0.5, -0.5], dtype=float64)
     """
-    labels = jnp.asarray(labels)
-    if jnp.issubdtype(labels.dtype, jnp.integer):
-        if labels.ndim != 1:
-            raise ValueError(f"labels has shape {labels.shape}; integer classes must have shape (n,).")
-        if bool(jnp.any(labels < 0)):
-            raise ValueError(f"labels holds {int(labels.min())}; classes are counted from 0.")
-        return OutputLoss(labels, _softmax_class, "softmax cross-entropy")
-    labels = _real_targets(labels, "labels")
-    if labels.ndim != 2:
-        raise ValueError(
-            f"labels has shape {labels.shape} and dtype {labels.dtype}; pass integers (n,) or probabilities (n, c)."
+    given = _as_array(labels, "labels")
+    if np.issubdtype(given.dtype, np.integer):
+        if given.ndim != 1:
+            raise ValueError(
+                f"labels has shape {given.shape} and dtype {given.dtype}; integer classes must have shape (n,): "
+                + _class_remedy(given)
+            )
+        if not given.size:
+            raise ValueError("labels is empty; it needs one class for each example.")
+        for extreme in (given.min(), given.max()):
+            if not 0 <= extreme <= np.iinfo(np.int32).max:
+                raise ValueError(
+                    f"labels holds {extreme}; classes are counted from 0. Take examples that have no class out of the "
+                    "inputs and the labels."
+                )
+        return OutputLoss(jnp.asarray(given, jnp.int32), _softmax_class, "softmax cross-entropy")
+    if given.dtype == bool or given.ndim != 2:
+        raise (TypeError if given.dtype == bool else ValueError)(
+            f"labels has shape {given.shape} and dtype {given.dtype}; pass integers (n,) or probabilities (n, c): "
+            "classes by labels.astype(int), probabilities in the dtype of the outputs."
         )
-    if not bool(jnp.all(labels >= 0)) or not bool(jnp.allclose(labels.sum(1), 1.0, atol=1e-5)):
-        raise ValueError("each row of labels must be a probability vector: non-negative and adding up to 1.")
-    return OutputLoss(labels, _softmax_probabilities, "softmax cross-entropy")
+    rows = _real_targets(given, "labels")
+    sums = rows.sum(1)
+    if not bool(jnp.all(rows >= 0)) or not bool(jnp.allclose(sums, 1.0, atol=1e-5)):
+        raise ValueError(
+            "each row of labels must be a probability vector, non-negative and adding up to 1, but entries go from "
+            f"{float(rows.min()):.4g} to {float(rows.max()):.4g} and rows add up to {float(sums.min()):.6g} to "
+            f"{float(sums.max()):.6g}. Divide each row by its sum, or pass classes as integers (n,)."
+        )
+    return OutputLoss(rows, _softmax_probabilities, "softmax cross-entropy")
+
+
+def _class_remedy(labels: np.ndarray) -> str:
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        return "pass labels[:, 0]."
+    if labels.ndim == 2 and labels.min() >= 0 and (labels.sum(1) == 1).all():
+        return "its rows are one-hot; pass labels.argmax(1), or labels.astype(float) as probabilities."
+    return "pass one class an example, or probabilities (n, c) as floating-point numbers."
 
 
 def _softmax_class(outputs, label):
@@ -175,6 +212,20 @@ def _softmax_class(outputs, label):
 
 def _softmax_probabilities(outputs, probabilities):
     return jax.nn.logsumexp(outputs) * jnp.sum(probabilities) - jnp.vdot(probabilities, outputs)
+
+
+def _class_hessian(outputs, label):
+    """diag π − ππᵀ with 1 − π_i as the sum of the others: a fitted example keeps its small curvature, never below 0."""
+    pi = jax.nn.softmax(outputs)
+    pairs = jnp.outer(pi, pi) * (1 - jnp.eye(len(pi), dtype=pi.dtype))
+    return jnp.diag(pairs.sum(1)) - pairs
+
+
+def _probabilities_hessian(outputs, probabilities):
+    return jnp.sum(probabilities) * _class_hessian(outputs, probabilities)
+
+
+_EXACT_HESSIANS = {_softmax_class: _class_hessian, _softmax_probabilities: _probabilities_hessian}
 
 
 def convex_loss(example_loss: ExampleLoss, targets: Array) -> OutputLoss:
@@ -188,7 +239,7 @@ def convex_loss(example_loss: ExampleLoss, targets: Array) -> OutputLoss:
       An `OutputLoss`. Convexity is checked where B is used: a negative eigenvalue is refused there.
 
     Raises:
-      ValueError: targets without a leading axis, or not finite.
+      TypeError: an example_loss that is not a function. ValueError: targets without a leading axis, or not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -197,49 +248,102 @@ def convex_loss(example_loss: ExampleLoss, targets: Array) -> OutputLoss:
       >>> loss.hessian(jnp.zeros((1, 1)))
       Array([[[1.]]], dtype=float64)
     """
-    targets = jnp.asarray(targets)
-    if targets.ndim == 0:
-        raise ValueError("targets is a scalar; it needs a leading axis of examples.")
-    _check_finite(targets, "targets")
-    return OutputLoss(targets, example_loss, getattr(example_loss, "__name__", "convex"))
+    if not callable(example_loss):
+        raise TypeError(
+            f"example_loss is a {type(example_loss).__name__}, but must be a function of (outputs (c,), target): "
+            "convex_loss(example_loss, targets)."
+        )
+    rows = _as_array(targets, "targets")
+    if rows.ndim == 0:
+        raise ValueError(f"targets is a scalar, {rows}; it needs a leading axis of examples.")
+    _check_finite(rows, "targets")
+    return OutputLoss(jnp.asarray(rows), example_loss, getattr(example_loss, "__name__", "convex"))
 
 
 def _as_rows(y):
     return y[:, None] if y.ndim == 1 else y
 
 
-def _real_targets(y, name):
-    y = jnp.asarray(y)
+def _as_array(values, name) -> np.ndarray:
+    """As NumPy holds it: JAX without 64-bit types would cut integers silently."""
+    if callable(values) or isinstance(values, OutputLoss):
+        raise TypeError(f"{name} is a {type(values).__name__}, but must be an array with one row an example.")
+    array = np.asarray(values)
+    if array.dtype.kind in "OUSMmV" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} has dtype {array.dtype}, but must hold numbers; encode them first.")
+    return array
+
+
+def _real_targets(y, name, remedy=""):
+    y = _as_array(y, name)
     if not jnp.issubdtype(y.dtype, jnp.floating):
-        raise TypeError(f"{name} has dtype {y.dtype}, but real targets are needed; cast it, e.g. {name}.astype(float).")
+        cast = f"cast it, e.g. {name}.astype(float)" + (f"; {remedy}." if remedy else ".")
+        raise TypeError(f"{name} has dtype {y.dtype}, but real targets are needed; {cast}")
     if y.ndim not in (1, 2):
         raise ValueError(f"{name} has shape {y.shape}, but must be (n,) or (n, c).")
     _check_finite(y, name)
-    return y
+    return jnp.asarray(y)
 
 
 def _check_finite(y, name):
-    if jnp.issubdtype(y.dtype, jnp.inexact) and not bool(jnp.all(jnp.isfinite(y))):
-        bad = int(jnp.sum(~jnp.isfinite(y)))
-        raise ValueError(f"{name} holds {bad} NaN or infinite values; remove or repair those examples.")
+    finite = jnp.isfinite(jnp.asarray(y)) if jnp.issubdtype(y.dtype, jnp.inexact) else jnp.ones(1, bool)
+    if not bool(finite.all()):
+        where = ", ".join(map(str, np.unique(np.argwhere(~np.asarray(finite))[:, 0])[:5]))
+        raise ValueError(
+            f"{name} holds {int(jnp.sum(~finite))} NaN or infinite values, the first in rows {where}; remove or repair "
+            "those examples."
+        )
 
 
-def check_targets(loss: OutputLoss, n: int, c: int, dtype) -> None:
-    """Refuses targets that do not match outputs of shape (n, c)."""
-    targets = loss.targets
+def check_loss(loss: Any, name: str = "loss") -> None:
+    """Refuses what is no `OutputLoss`, and says what it seems to be."""
+    if isinstance(loss, OutputLoss):
+        return
+    if hasattr(loss, "init") and hasattr(loss, "update"):
+        said = "; it looks like an optimizer, which comes after the loss."
+    elif callable(loss):
+        said = "; a loss holds its targets, so wrap the function: convex_loss(function, targets)."
+    else:
+        said = "; build it with squared_loss(y) or another gramian loss."
+    raise TypeError(f"{name} is a {type(loss).__name__}{said}")
+
+
+def check_targets(loss: OutputLoss, n: int, c: int, dtype, inputs: str = "x_s", name: str = "loss") -> None:
+    """Refuses targets that do not match outputs of shape (n, c) at `inputs`."""
+    check_loss(loss, name)
+    targets, said = loss.targets, "the loss" if name == "loss" else name
     if targets.shape[0] != n:
-        raise ValueError(f"the loss has targets for {targets.shape[0]} examples and x_s holds {n}; they must match.")
+        raise ValueError(
+            f"{said} has targets for {targets.shape[0]} examples and {inputs} holds {n}; they must match: pass the "
+            f"targets of {inputs}."
+        )
     if jnp.issubdtype(targets.dtype, jnp.floating) and targets.dtype != dtype:
-        raise TypeError(f"the loss has targets of dtype {targets.dtype} and the outputs {dtype}; cast the targets.")
+        raise TypeError(
+            f"{said} has targets of dtype {targets.dtype} and the outputs {dtype}; cast the targets, e.g. "
+            f"y.astype(jnp.{dtype})."
+        )
     if loss.example_loss is _softmax_class:
         if c < 2:
             raise ValueError(f"softmax_cross_entropy needs at least 2 outputs an example, got {c}; use logistic_loss.")
         if int(targets.max()) >= c:
-            raise ValueError(f"labels holds class {int(targets.max())}, but apply_fn has {c} outputs: 0..{c - 1}.")
+            raise ValueError(
+                f"{'labels' if name == 'loss' else f'{name}: labels'} holds class {int(targets.max())}, but apply_fn "
+                f"has {c} outputs: 0..{c - 1}. Count classes from 0, or widen the last layer."
+            )
     elif loss.example_loss in (_squared, _logistic, _softmax_probabilities) and targets.shape[1:] != (c,):
-        raise ValueError(f"the loss has targets of shape {targets.shape}, but the outputs have shape ({n}, {c}).")
+        raise ValueError(
+            f"{said} has targets of shape {targets.shape}, but the outputs have shape ({n}, {c}) at {inputs}; pass one "
+            "target for each output."
+        )
     value = jax.eval_shape(
         loss.example_loss, jax.ShapeDtypeStruct((c,), dtype), jax.ShapeDtypeStruct(targets.shape[1:], targets.dtype)
     )
     if getattr(value, "shape", None) != ():
-        raise ValueError(f"example_loss returns {value} for one example, but must return a scalar.")
+        raise ValueError(
+            f"example_loss returns {value} for one example, but must return a scalar, e.g. by jnp.sum over its outputs."
+        )
+    if value.dtype != dtype:
+        raise TypeError(
+            f"example_loss returns {value.dtype} for outputs of {dtype}; cast its constants and targets so that the "
+            "dtype of the outputs is kept."
+        )

@@ -16,6 +16,7 @@ from entk import (
     principal_angles,
     target_alignment,
 )
+from entk._checks import check_count
 from gramian._frozen import matmul
 from gramian._losses import OutputLoss, block_product
 from gramian._operators import Operators
@@ -64,9 +65,15 @@ class KernelEvolution:
       >>> from gramian import KernelEvolution
       >>> KernelEvolution(rank=5).rank
       5
+
+    Raises:
+      ValueError: rank < 1.
     """
 
     rank: int = 5
+
+    def __post_init__(self):
+        object.__setattr__(self, "rank", check_count("rank", self.rank))
 
     def init(self, source, loss, start):
         return start.frozen.k_ss, loss.grad(source.outputs(start.params)[0])
@@ -120,11 +127,17 @@ class TestKernelTop:
 
     Args:
       iterations: power iterations a step; the first step takes ten times as many.
+
+    Raises:
+      ValueError: iterations < 1.
     """
 
     __test__ = False  # not a test class, whatever its name suggests to pytest
 
     iterations: int = 4
+
+    def __post_init__(self):
+        object.__setattr__(self, "iterations", check_count("iterations", self.iterations))
 
     def init(self, source, loss, start):
         u_q = source.outputs(start.params)[1]

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from entk._checks import check_apply, check_count, check_fits
+from gramian._checks import check_finite, check_test_inputs
 from gramian._folder import Folder, absolute
 from gramian._frozen_update import FrozenUpdate
 from gramian._interrupts import answer, interruptible
@@ -94,7 +95,13 @@ class RealizedPath:
         spec = check_apply(run.apply_fn, run.params, run.x_s, "x_s")
         num_test = 0
         if self.x_q is not None:
-            test = check_apply(run.apply_fn, run.params, self.x_q, "x_q")
+            test = check_test_inputs(run.apply_fn, run.params, run.x_s, self.x_q)
+            check_finite(self.x_q, "x_q")
+            if test.num_outputs != spec.num_outputs:
+                raise ValueError(
+                    f"x_q has {test.num_outputs} outputs an example and x_s {spec.num_outputs}; they must agree: pass "
+                    "test inputs of the kind of x_s."
+                )
             num_test = test.num_examples * test.num_outputs
         object.__setattr__(self, "sizes", (spec.num_examples * spec.num_outputs, num_test))
 
@@ -137,6 +144,7 @@ class RealizedPath:
             shared, probes, more, course = _forward(
                 *self._static, self.data, shared, sweep.probes, jnp.asarray(segment.batches)
             )
+            self._check_finite(segment, course)
             for whole, part in zip(sweep.course, course, strict=True):
                 whole[segment.step : after] = part
             replay = max(sweep.replay, np.asarray(_distance(shared.state.params, segment.end.params)))
@@ -258,6 +266,18 @@ class RealizedPath:
     @property
     def _static(self):
         return self.recording.apply_fn, self.update, self.quadrature
+
+    def _check_finite(self, segment, course: Course) -> None:
+        """Before anything decomposes a matrix of NaN."""
+        rows = (np.asarray(part).reshape(len(segment.batches), -1) for part in course)
+        for what, one in zip(("the training loss", "what a step dissipates along a probe"), rows, strict=True):
+            if not (finite := np.isfinite(one).all(axis=1)).all():
+                bad = segment.step + int(np.argmin(finite))
+                raise FloatingPointError(
+                    f"{what} is not finite at step {bad + 1} of {self.recording.num_steps} in "
+                    f"{self.recording.directory}: the run, or its Jacobian, leaves the finite numbers there. Record it "
+                    f"again with its first {bad} batches, or with a lower learning rate."
+                )
 
     def _check_replay(self, distance: float) -> None:
         allowed = float(jnp.finfo(self.dtype).eps) ** 0.5

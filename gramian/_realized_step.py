@@ -121,7 +121,7 @@ def take(apply_fn: Any, update: FrozenUpdate, data: Data, shared: Shared, probes
     """What the gradients of a batch move: DW_k. Costs a product with Jᵀ on the batch for every probe."""
     x_s, loss, _ = data
     (params, opt_state), n = shared.state, jax.tree.leaves(x_s)[0].shape[0]
-    grads, pull = batch_gradient(apply_fn, loss, x_s, params, batch)
+    grads, pull, _ = batch_gradient(apply_fn, loss, x_s, params, batch)
     extras = update.extras(params, batch)
 
     def follow(psi, history, *, forced=False):

@@ -19,14 +19,23 @@ import optax
 from jaxtyping import Array
 
 from entk._checks import check_count
+from gramian._checks import check_real
 from gramian._fingerprint import differing, digests, program
 from gramian._folder import Folder, absolute
-from gramian._frozen_update import ExtraArgs
+from gramian._frozen_update import ExtraArgs, FrozenUpdate
 from gramian._interrupts import Pace, answer, interruptible
 from gramian._leaves import characters, pack, unpack
 from gramian._losses import OutputLoss
 from gramian._stash import read_save, write_arrays
-from gramian._training_steps import TrainState, check_training, train
+from gramian._training_steps import (
+    TrainState,
+    check_optimizer,
+    check_training,
+    finite_leaves,
+    finite_steps,
+    names_of_lost,
+    train,
+)
 
 PyTree = Any
 KIND = "recording"
@@ -67,6 +76,8 @@ class Recorder:
 
     Raises:
       TypeError, ValueError: no path; sizes that are not positive.
+      FloatingPointError: from `update` and `close`, as soon as a state to be kept is finite no more; what was recorded
+        up to the last finite one is written, and can be analysed.
       OSError: from `update` and `close`, when nothing can be written; the saves so far stay intact.
 
     Cost: a copy of the state every `every` steps; it is written in the background. Memory: 2·save_bytes and one state.
@@ -102,11 +113,15 @@ class Recorder:
     _thread: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
     _writing: Future | None = field(default=None, init=False, repr=False)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False, repr=False)
+    _sound: Array | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
         self.directory = absolute(self.directory)
         self.every = check_count("every", self.every)
         self.save_bytes = check_count("save_bytes", self.save_bytes)
+        self.every_seconds = check_real("every_seconds", self.every_seconds)
+        if not self.every_seconds >= 0:
+            raise ValueError(f"every_seconds={self.every_seconds} must not be negative: 0 saves at every kept state.")
 
     def __enter__(self) -> Recorder:
         self._stack = contextlib.ExitStack()
@@ -162,6 +177,7 @@ class Recorder:
             self._release()
             raise
         self._saved, self._kept, self._batches = self._step, [(self._step, _copy(state))], []
+        self._sound = finite_leaves(given)
         self._thread, self._last = ThreadPoolExecutor(1), time.monotonic()
         return state.params, state.opt_state, self._step
 
@@ -183,7 +199,7 @@ class Recorder:
             return
         if self._step % self.every:
             raise ValueError(f"{len(indices)} steps at once pass over step {before // self.every + 1} x every.")
-        state = _copy(TrainState(params, opt_state))
+        state = self._finite(_copy(TrainState(params, opt_state)))
         held = len(self._kept) * sum(leaf.nbytes for leaf in jax.tree.leaves(state) if hasattr(leaf, "nbytes"))
         if held >= self.save_bytes or time.monotonic() - self._last >= self.every_seconds:
             self._save(self._step, state)
@@ -201,12 +217,25 @@ class Recorder:
             )
         try:
             if self._batches and self._kept[-1][0] != self._step:
-                self._save(self._step, TrainState(params, opt_state))
+                self._save(self._step, self._finite(TrainState(params, opt_state)))
             elif self._batches:
                 self._save(*self._kept.pop())
             self._wait()
         finally:
             self._release()
+
+    def _finite(self, state: TrainState) -> TrainState:
+        """The state itself; if it is finite no more, the good part of the run is written and the loop stopped."""
+        assert self._sound is not None
+        if not (names := names_of_lost(self._sound, state)):
+            return state
+        step, last = self._step, self._kept[-1][0]
+        self._leave()
+        raise FloatingPointError(
+            f"{names} holds NaN or infinite values since a step from {last + 1} to {step}: nothing after it can be "
+            f"analysed. The run is recorded up to step {last} in {self.directory}. Lower the learning rate, clip "
+            "gradients by their norm, or look at the batches of those steps."
+        )
 
     def _how_to_go_on(self) -> str:
         return (
@@ -337,6 +366,7 @@ class Recording:
 
     def __post_init__(self):
         check_training(self.apply_fn, self.params, self.x_s, self.loss)
+        check_optimizer(self.optimizer)
         object.__setattr__(self, "directory", absolute(self.directory))
         folder = Folder(self.directory, KIND)
         folder.check()
@@ -381,7 +411,7 @@ class Recording:
             batches, end = segment.batches[a : a + length], segment.end
             if a != places[-1]:
                 static = self.apply_fn, self.optimizer, self.loss, self.x_s
-                end = train(*static, state, jnp.asarray(batches), self.extra_args)
+                end, _ = train(*static, state, jnp.asarray(batches), self.extra_args)
             parts.append(Segment(segment.step + a, state, batches, end))
             state = end
         return parts
@@ -413,7 +443,10 @@ def record_training(
       The trained parameters and the `Recording`.
 
     Raises:
-      TypeError, ValueError: as `gradient_flow`; indices outside of x_s; a folder of another run.
+      TypeError, ValueError: as `gradient_flow`; indices outside of x_s; a folder of another run; an optimizer that
+        cannot be analysed, as `LiveChannel` and `analyze_training` would say later.
+      FloatingPointError: the step at which the loss of a batch, a parameter or the optimizer's state is finite no more.
+        What came before it stays recorded.
       OSError: nothing more can be written.
 
     Cost: that of training, and of `Recorder`.
@@ -431,6 +464,9 @@ def record_training(
       30
     """
     num_examples = check_training(apply_fn, params, x_s, loss)
+    check_optimizer(optimizer)
+    if not isinstance(recorder, Recorder):
+        raise TypeError(f"recorder={recorder!r} is a {type(recorder).__name__}; pass Recorder(directory).")
     batches = np.asarray(batches)
     if batches.ndim != 2 or not np.issubdtype(batches.dtype, np.integer) or not batches.size:
         raise ValueError(
@@ -441,7 +477,9 @@ def record_training(
         raise ValueError(
             f"batches holds indices from {batches.min()} to {batches.max()}, but x_s has {num_examples} examples."
         )
+    batches = batches.astype(np.int32)
     params = jax.tree.map(jnp.asarray, params)
+    FrozenUpdate(optimizer, params, extra_args, jnp.asarray(batches[0]))  # refuses what could not be analysed
     start, pace = TrainState(params, optimizer.init(params)), Pace()
     with recorder:
         identity = _identity_of(apply_fn, start, x_s, loss, optimizer, batches[0], extra_args)
@@ -449,13 +487,16 @@ def record_training(
         if step > len(batches):
             raise ValueError(f"{recorder.directory} holds {step} steps already, batches only {len(batches)}.")
         state = TrainState(weights, opt_state)
+        sound = finite_leaves(state)
         while step < len(batches):
             stop = min((step // recorder.every + 1) * recorder.every, len(batches))
-            some = jnp.asarray(batches[step:stop])
+            before, finite, some = state, True, jnp.asarray(batches[step:stop])
             for span in pace.calls(stop - step):
                 answer()
-                state = train(apply_fn, optimizer, loss, x_s, state, some, extra_args, span=span)
-                jax.block_until_ready(state)
+                state, losses = train(apply_fn, optimizer, loss, x_s, state, some, extra_args, span=span)
+                finite = finite and bool(losses)
+            if not finite or names_of_lost(sound, state):
+                _stop_where_lost((apply_fn, optimizer, loss, x_s), before, some, extra_args, recorder, step)
             recorder.update(batches[step:stop], *state)
             step = stop
         recorder.close(*state)
@@ -480,6 +521,30 @@ def _identity_of(apply_fn, start: TrainState, x_s, loss, optimizer, batch, extra
         "targets": loss.targets,
         "x_s": x_s,
     }
+
+
+def _stop_where_lost(
+    problem: tuple[Any, Any, Any, Any], state: TrainState, batches, extra_args, recorder, step: int
+) -> None:
+    """Records the steps among these from which the run was still finite, and says which one was the last."""
+    losses, states = map(np.asarray, finite_steps(*problem, state, batches, extra_args))
+    bad = int(np.argmin(losses & states))
+    # Parameters may be finite and their loss not: the step that led there is the one that left.
+    good = bad if losses[bad] else max(0, bad - 1)
+    if good:
+        state, _ = train(*problem, state, batches[:good], extra_args)
+        recorder.update(np.asarray(batches[:good]), *state)
+    recorder.close(*state)
+    if losses[bad]:
+        after, _ = train(*problem, state, batches[bad : bad + 1], extra_args)
+        said = f"{names_of_lost(finite_leaves(state), after)} holds NaN or infinite values after it"
+    else:
+        said = "the loss of its batch is NaN or infinite"
+    raise FloatingPointError(
+        f"the run leaves the finite numbers at step {step + bad + 1}: {said}. The steps up to {step + good} are "
+        f"recorded in {recorder.directory}, for Recording(directory, ...) to open. Lower the learning rate, clip "
+        f"gradients by their norm, or look at the examples of that step, {np.asarray(batches[bad])[:8].tolist()}."
+    )
 
 
 def _fitting(chunk: dict[str, np.ndarray], start: int, end: int) -> tuple[dict[str, np.ndarray] | None, str]:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from gramian._checks import check_problem, check_times
+from entk._checks import check_count
+from gramian._checks import check_problem, check_real, check_times
 from gramian._flow import Flow, attainable
 from gramian._frozen import matmul
 from gramian._losses import OutputLoss, block_product
@@ -88,8 +89,8 @@ def reference_flow(
     t0, t1, _ = check_times(t0, t1)
     if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
         raise TypeError(f"solver={solver!r} is not an adaptive solver of diffrax; pass e.g. diffrax.Tsit5().")
-    if max_steps < 1:
-        raise ValueError(f"max_steps={max_steps} must be at least 1.")
+    max_steps = check_count("max_steps", max_steps)
+    rtol, atol = check_real("rtol", rtol), check_real("atol", atol)
     check_problem(source, loss, params, operators=operators)
     params = jax.tree.map(jnp.asarray, params)
     dtype = jax.tree.leaves(params)[0].dtype

@@ -13,19 +13,19 @@ from rich.table import Table
 from entk import Structured, kernel_drift
 from entk._checks import check_apply
 from entk._ntk import Strategy
-from gramian._cells import Cell, four_cells
+from gramian._cells import Cell, check_clean, four_cells
 from gramian._channel import Channel, ChannelRule, TraceShare, signal_channel
 from gramian._checkpoint import Checkpoint
-from gramian._checks import check_times
+from gramian._checks import check_kind, check_order, check_test_inputs, check_times
 from gramian._controllers import AdaptiveStep, Controller
 from gramian._coupling import Coupling, coupling
 from gramian._fill import FillOrder, fill_order
 from gramian._flow import Flow, gradient_flow
 from gramian._identities import Identity, identities
 from gramian._interrupts import interruptible
-from gramian._losses import OutputLoss, check_targets
+from gramian._losses import OutputLoss, check_loss, check_targets
 from gramian._observables import ChannelFill, Dissipation, DoublingGramian, KernelEvolution, Observable, TestKernelTop
-from gramian._shown import Shown, cell_table, identity_table, plain, summary_table
+from gramian._shown import Shown, cell_table, check_figure_path, identity_table, plain, rounded, summary_table
 from gramian._steppers import ExponentialMidpoint, Stepper
 
 PyTree = Any
@@ -84,6 +84,15 @@ class Report(Shown):
         return float(kernel_drift(jnp.asarray(end), jnp.asarray(start)))
 
     @property
+    def stands_still(self) -> str:
+        """Why the flow does not move the training outputs at all; empty where it does."""
+        if not np.asarray(self.gramian).any():
+            return "J_S is zero all along: no parameter moves a training output, so that channel and W_S are empty"
+        if not np.asarray(self.flow.output_grad(self.flow.params0)).any():
+            return "g is zero at the start: the labels are fitted, and there is nothing to learn"
+        return ""
+
+    @property
     def propagator(self):
         """P(t1, t0), (N, N)."""
         return self.flow.operators.propagator
@@ -111,9 +120,13 @@ class Report(Shown):
 
         Returns:
           The matplotlib `Figure`. `gramian.plots` has each picture by itself.
+
+        Raises:
+          ValueError: a file that matplotlib cannot write, or a folder that does not exist; before anything is drawn.
         """
         from gramian import plots
 
+        path = check_figure_path(path)
         figure = plots.overview(self)
         if path is not None:
             figure.savefig(path)
@@ -162,28 +175,34 @@ class Report(Shown):
         ]
         if self.test_risk is not None:
             rows.append(("test loss", str(self.test_risk)))
+        if self.stands_still:
+            rows.append(("nothing moves", self.stands_still))
         rows += [
             (
                 "kernel drift",
-                f"{self.drift:.3g} at the end, {max(self.drift, evolution.drift.max()):.3g} at most "
-                "(relative, spectral norm)",
+                f"{rounded(self.drift, '.3g')} at the end, {rounded(max(self.drift, evolution.drift.max()), '.3g')} at "
+                "most (relative, spectral norm)",
             ),
             (
                 "kernel alignment with its start, targets",
-                f"{evolution.alignment[-1]:.3f}, {evolution.target_alignment[-1]:.3f}",
+                f"{rounded(evolution.alignment[-1], '.3f')}, {rounded(evolution.target_alignment[-1], '.3f')}",
             ),
-            ("kernel effective rank", f"{evolution.effective_rank[0]:.3g} to {evolution.effective_rank[-1]:.3g}"),
+            (
+                "kernel effective rank",
+                f"{rounded(evolution.effective_rank[0], '.3g')} to {rounded(evolution.effective_rank[-1], '.3g')}",
+            ),
             ("signal channel", f"rank {self.channel.rank} of {n}, {self.channel.rule}"),
             (
                 "channel fills from the top",
-                f"rank correlation {self.fill.correlation:.3f} of eigenvalue order and half-time",
+                f"rank correlation {rounded(self.fill.correlation, '.3f')} of eigenvalue order and half-time",
             ),
         ]
         if self.coupling is not None:
             rows.append(
                 (
                     "test displacement from A",
-                    f"correlation {self.coupling.correlation:.8f}, relative error {self.coupling.relative_error:.2g}",
+                    f"correlation {rounded(self.coupling.correlation, '.8f')}, relative error "
+                    f"{rounded(self.coupling.relative_error, '.2g')}",
                 )
             )
         return summary_table(f"Training run: {flow.loss.name} loss, t = {flow.t0:g} to {flow.t1:g}", rows)
@@ -247,9 +266,11 @@ def analyze(
       (3, 3)
     """
     t0, t1, _ = check_times(t0, t1)
+    check_kind("rule", rule, ("rank",), "TraceShare(share) or AboveThreshold(threshold)")
+    check_kind("controller", controller, ("init", "update", "scale", "tolerance"), "AdaptiveStep(rtol)")
     if controller.tolerance(1) is None:
         raise ValueError(f"{controller} promises no tolerance to judge the identities by; use AdaptiveStep(rtol).")
-    _check_companions(apply_fn, params, x_s, x_q, clean_loss, test_loss)
+    check_companions(apply_fn, params, x_s, x_q, loss, clean_loss, test_loss)
     standard = {
         "evolution": KernelEvolution(),
         "fill": ChannelFill(),
@@ -291,14 +312,17 @@ def analyze(
     )
 
 
-def _check_companions(apply_fn, params, x_s, x_q, clean_loss, test_loss):
-    """The losses that only the report uses, checked before the run instead of after it."""
+def check_companions(apply_fn, params, x_s, x_q, loss, clean_loss, test_loss):
+    """The losses that only a report uses, checked before the run instead of after it."""
+    check_order(loss, x_s, x_q)
     if clean_loss is not None:
-        check_targets(clean_loss, *check_apply(apply_fn, params, x_s, "x_s"))
+        check_targets(clean_loss, *check_apply(apply_fn, params, x_s, "x_s"), name="clean_loss")
+        check_clean(clean_loss, loss)
     if test_loss is not None:
+        check_loss(test_loss, "test_loss")
         if x_q is None:
             raise ValueError("test_loss needs the test inputs it belongs to; pass x_q.")
-        check_targets(test_loss, *check_apply(apply_fn, params, x_q, "x_q"))
+        check_targets(test_loss, *check_test_inputs(apply_fn, params, x_s, x_q), inputs="x_q", name="test_loss")
 
 
 def _train_risk(flow: Flow) -> Risk:

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from gramian._identities import Identity
+from gramian._coupling import correlation, ratio
+from gramian._identities import Identity, bounded, judge
 from gramian._losses import OutputLoss
 from gramian._realized import RealizedPath, Sweep
 from gramian._realized_step import rows
 from gramian._report import Risk
+from gramian._rounding import rounding_of
+from gramian._source import KernelSource
 
 PyTree = Any
 
@@ -24,8 +27,8 @@ class MotionCoupling:
 
     Attributes:
       rank: of Ψ, the directions used; N where the operators are dense.
-      correlation: of A (U_S(T) − U_S(s)) with the observed test displacement.
-      relative_error: of the two.
+      correlation: of A (U_S(T) − U_S(s)) with the observed test displacement, in [−1, 1]; nan where one is constant.
+      relative_error: of the two; nan where no test point moved.
       predicted, observed: test displacements, (M,).
     """
 
@@ -63,57 +66,55 @@ class RunAccount:
         self.moved, self.moved_q = (np.asarray(b - a, np.float64).reshape(-1) for a, b in zip(first, last, strict=True))
         self.g_last = np.asarray(run.loss.grad(last[0]), np.float64)
         self.losses = tuple(float(run.loss.value(u)) for u in (first[0], last[0]))
+        if not np.isfinite(self.losses[1]) or not all(np.isfinite(moved).all() for moved in (self.moved, self.moved_q)):
+            raise FloatingPointError(
+                f"outputs or loss are not finite after the last step, {run.num_steps}, of the run in {run.directory}: "
+                f"the loss is {self.losses[1]}. Record it again with fewer batches, or with a lower learning rate."
+            )
 
     @property
     def forced(self) -> tuple[float, float]:
         def share(sums, moved):
-            return float(np.linalg.norm(sums[-1]) / max(np.linalg.norm(moved), np.finfo(float).tiny))
+            return ratio(np.linalg.norm(np.asarray(sums[-1], np.float64)), np.linalg.norm(moved))
 
         return share(self.sums.moved, self.moved), share(self.sums.moved_q, self.moved_q)
 
     def path_identities(self, finer: Sweep) -> list[Identity]:
-        """(I1)-(I4), with ten times the effect of one more Gauss point for their tolerance."""
-        floor = 1e4 * float(jnp.finfo(self.path.dtype).eps) * np.sqrt(len(self.g))
-        statements = {
-            "(I1)": ("g(T) = P g(s)", self.g_last, self.g),
-            "(I2)": ("Φ(s) − Φ(T) = gᵀ W g", self.losses[0] - self.losses[1], self.losses[0] - self.losses[1]),
-            "(I3)": ("U_S(T) − U_S(s) = −D g", self.moved, self.moved),
-            "(I4)": ("U_Q(T) − U_Q(s) = −G g", self.moved_q, self.moved_q),
-        }
+        """(I1)-(I4), with ten times the effect of one more Gauss point for their tolerance, and rounding."""
+        run, floor = self.path.recording, 1e4 * float(jnp.finfo(self.path.dtype).eps) * np.sqrt(len(self.g))
+        source = KernelSource(run.apply_fn, run.x_s, self.path.x_q)
+        off = rounding_of(source, run.loss, (run.params, self.sweep.shared.state.params), run.num_steps)
+        drop = self.losses[0] - self.losses[1]
+        rows = [
+            ("(I1)", "g(T) = P g(s)", self.g_last, self.g, off.grad),
+            ("(I2)", "Φ(s) − Φ(T) = gᵀ W g", drop, drop, off.loss),
+            ("(I3)", "U_S(T) − U_S(s) = −D g", self.moved, self.moved, off.outputs_s),
+            ("(I4)", "U_Q(T) − U_Q(s) = −G g", self.moved_q, self.moved_q, off.outputs_q),
+        ]
         found = []
-        for (name, (statement, expected, scale)), ours, theirs in zip(
-            statements.items(), predictions(self.sweep), predictions(finer), strict=True
+        for (name, statement, expected, scale, rounding), ours, theirs in zip(
+            rows, predictions(self.sweep), predictions(finer), strict=True
         ):
             if not np.size(expected):
                 continue
-            size = max(float(np.linalg.norm(scale)), np.finfo(float).tiny)
-            residual = float(np.linalg.norm(ours - expected)) / size
-            tolerance = max(floor, 10 * float(np.linalg.norm(ours - theirs)) / size)
-            found.append(Identity(name, statement, residual, float(tolerance), bool(residual <= tolerance)))
+            missed, size = float(np.linalg.norm(ours - expected)), float(np.linalg.norm(scale))
+            discretised = 10 * float(np.linalg.norm(ours - theirs))
+            allowed = {"tolerance": floor, "rounding": rounding, "estimate": discretised}
+            found.append(judge(name, statement, missed, size, **allowed, remedy="raise quadrature"))
         return found
 
     def invisibility(self, seen: np.ndarray, motion: np.ndarray) -> Identity:
-        bound = float(self.sums.visibility)
-        allowed = bound * np.asarray(motion, np.float64)
-        floor = 100 * float(jnp.finfo(self.path.dtype).eps) * allowed.max()
-        ratio = float((np.sum(np.asarray(seen, np.float64) ** 2, axis=0) / np.maximum(allowed, floor)).max())
-        return Identity(
-            "(I6′)",
-            "‖G ψ‖² ≤ (Σ λ_max(J̄_Q N J̄_Qᵀ)) ψᵀ V ψ",
-            max(0.0, ratio - 1),
-            0.0,
-            ratio <= 1,
-            f"largest ratio {ratio:.2g} over {len(allowed)} eigenvectors of V",
-        )
+        statement, eps = "‖G ψ‖² ≤ (Σ λ_max(J̄_Q N J̄_Qᵀ)) ψᵀ V ψ", float(jnp.finfo(self.path.dtype).eps)
+        allowed = float(self.sums.visibility) * np.asarray(motion, np.float64)
+        seen = np.sum(np.asarray(seen, np.float64) ** 2, axis=0)
+        return bounded("(I6′)", statement, seen, allowed, eps, f"over {len(allowed)} eigenvectors of V")
 
     def coupling(self, moved: np.ndarray, moved_q: np.ndarray) -> MotionCoupling:
         predicted = moved_q @ (np.linalg.pinv(np.asarray(moved, np.float64), rcond=1e-12) @ self.moved)
-        x, y = predicted - predicted.mean(), self.moved_q - self.moved_q.mean()
-        size = np.linalg.norm(x) * np.linalg.norm(y)
         return MotionCoupling(
             rank=moved.shape[1],
-            correlation=float(x @ y / size) if size > 0 else float("nan"),
-            relative_error=float(np.linalg.norm(predicted - self.moved_q) / np.linalg.norm(self.moved_q)),
+            correlation=correlation(predicted, self.moved_q),
+            relative_error=ratio(np.linalg.norm(predicted - self.moved_q), np.linalg.norm(self.moved_q)),
             predicted=predicted,
             observed=self.moved_q,
         )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from matplotlib.backend_bases import FigureCanvasBase
 from rich.console import Console, Group
 from rich.table import Table
 
@@ -78,5 +81,26 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
 
 
+def rounded(value: float, form: str) -> str:
+    """A number as text; a dash where there is none."""
+    return f"{float(value):{form}}" if math.isfinite(value) else "-"
+
+
 def _percent(share: float) -> str:
-    return "" if math.isnan(share) else f"{100 * share:.1f} %"
+    return "" if math.isnan(share) else f"{100 * share:.1f} %".replace("-0.0 %", "0.0 %")
+
+
+def check_figure_path(path: Any) -> Path | None:
+    """A file that matplotlib will be able to write, found out before minutes are spent on drawing it."""
+    if path is None:
+        return None
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path={path!r} is a {type(path).__name__}, but must name a file, e.g. 'report.png'.")
+    file, known = Path(path), sorted(FigureCanvasBase.get_supported_filetypes())
+    if file.suffix[1:].lower() not in known:
+        raise ValueError(f"path={str(path)!r} ends in {file.suffix!r}, but must end in one of {', '.join(known)}.")
+    if file.is_dir():
+        raise ValueError(f"path={str(path)!r} is a folder, but must name a file in it.")
+    if not file.parent.is_dir():
+        raise ValueError(f"path={str(path)!r} lies in a folder that does not exist: make {str(file.parent)!r} first.")
+    return file

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from entk._checks import check_count
 from gramian._frozen import FrozenKernel, displacement, freeze, integral
 from gramian._losses import OutputLoss, block_product
 from gramian._source import KernelSource
@@ -110,8 +111,7 @@ class ExponentialMidpoint:
     order: ClassVar[int] = 2
 
     def __post_init__(self):
-        if not isinstance(self.iterations, int) or self.iterations < 2:
-            raise ValueError(f"iterations={self.iterations!r} must be an integer of at least 2.")
+        object.__setattr__(self, "iterations", check_count("iterations", self.iterations, 2))
 
     def init(self, source: KernelSource, loss: OutputLoss, params: PyTree) -> KernelPoint:
         return kernel_at(source, loss, params)

@@ -10,19 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from entk._checks import check_apply, check_count
+from entk._checks import check_count
 from entk._spectrum import SpectralDensity
 from gramian._cells import Cell, cells_of
 from gramian._channel import Channel, ChannelRule, TraceShare
+from gramian._checks import check_kind
 from gramian._identities import Identity
 from gramian._interrupts import interruptible
 from gramian._krylov import ritz_pairs, spectrum_of
-from gramian._losses import OutputLoss, check_targets
+from gramian._losses import OutputLoss
 from gramian._realized import RealizedOperator, RealizedPath, Sweep, dense_operators
 from gramian._recording import Recording
-from gramian._report import Risk
+from gramian._report import Risk, check_companions
 from gramian._run_account import MotionCoupling, RunAccount, outputs_of
-from gramian._shown import Shown, cell_table, identity_table, plain, summary_table
+from gramian._shown import Shown, cell_table, check_figure_path, identity_table, plain, rounded, summary_table
 
 PyTree = Any
 DENSE_OUTPUTS = 600  # N up to which the operators are formed
@@ -45,7 +46,7 @@ class TrainingReport(Shown):
       seen: ‖G v‖² for the same eigenvectors; (I6′) bounds it by visibility · λ. None without test points.
       visibility: Σ λ_max(J̄_Q N J̄_Qᵀ).
       negative_share: −λ_min(W) / λ_max(W): how far W is from positive semi-definite; channels may be ranked by W only
-        where it is small.
+        where it is small. 0 where W has nothing below zero, 1 where it has nothing above.
       forced: norms of the displacement that is not linear in gradients (weight decay), relative to the whole one: at
         training and at test points.
       identities: (I1)-(I4) and (I6′).
@@ -99,9 +100,13 @@ class TrainingReport(Shown):
 
         Returns:
           The matplotlib `Figure`. `gramian.training_plots` has each picture by itself.
+
+        Raises:
+          ValueError: a file that matplotlib cannot write, or a folder that does not exist; before anything is drawn.
         """
         from gramian import training_plots
 
+        path = check_figure_path(path)
         figure = training_plots.overview(self)
         if path is not None:
             figure.savefig(path)
@@ -152,7 +157,7 @@ class TrainingReport(Shown):
         if not self.channel_reached:
             known += f" and all taken, of about {self.channel_estimate}: raise rank"
         effective = [
-            f"{float(value):.4g}" + (f" ± {float(error):.2g}" if sampled else "")
+            rounded(float(value), ".4g") + (f" ± {float(error):.2g}" if sampled else "")
             for value, error in (one.effective_rank() for one in self.densities)
         ]
         rows = [
@@ -162,17 +167,23 @@ class TrainingReport(Shown):
         ]
         if self.test_risk is not None:
             rows.append(("test loss", str(self.test_risk)))
+        if not np.any(self.channel.eigenvalues):
+            rows.append(("nothing moves", "no gradient moved a parameter on the way: V, W and the channel are empty"))
         rows += [
             ("signal channel", f"rank {self.channel.rank} of {num_train}, {self.channel.rule}{known}"),
             ("effective rank tr()²/tr(()²) of V, W", ", ".join(effective)),
-            ("W below zero", f"{100 * self.negative_share:.2g} % of its largest eigenvalue"),
-            ("moved by weight decay", f"{100 * self.forced[0]:.2g} % (training), {100 * self.forced[1]:.2g} % (test)"),
+            ("W below zero", f"{rounded(100 * self.negative_share, '.2g')} % of its largest eigenvalue"),
+            (
+                "moved by weight decay",
+                f"{rounded(100 * self.forced[0], '.2g')} % (training), {rounded(100 * self.forced[1], '.2g')} % (test)",
+            ),
         ]
         if self.coupling is not None:
             rows.append(
                 (
                     f"test displacement from A, rank {self.coupling.rank}",
-                    f"correlation {self.coupling.correlation:.6f}, relative error {self.coupling.relative_error:.2g}",
+                    f"correlation {rounded(self.coupling.correlation, '.6f')}, relative error "
+                    f"{rounded(self.coupling.relative_error, '.2g')}",
                 )
             )
         title = f"Recorded run: {run.loss.name} loss, {run.num_steps} steps"
@@ -220,6 +231,7 @@ def analyze_training(
     Raises:
       TypeError, ValueError: an optimizer that is not linear in the gradients given its realized state, a recording
         whose steps cannot be computed again, targets that do not fit.
+      FloatingPointError: the step at which the run, or an operator of it, leaves the finite numbers.
       MemoryError: dense operators that would not fit.
 
     Cost: sweeps over the run, each quadrature · (number of probes) products with J on all points a step. Dense: one
@@ -241,9 +253,17 @@ def analyze_training(
       >>> all(row.holds for row in report.identities)
       True
     """
+    if not isinstance(recording, Recording):
+        raise TypeError(
+            f"recording={recording!r} must be a Recording: record_training returns one, and Recording(directory, ...) "
+            "opens one."
+        )
+    check_kind("rule", rule, ("rank",), "TraceShare(share) or AboveThreshold(threshold)")
+    rank, num_products = check_count("rank", rank), check_count("num_products", num_products)
+    seed = check_count("seed", seed, 0)
+    problem = recording.apply_fn, recording.params, recording.x_s, x_q, recording.loss
+    check_companions(*problem, clean_loss, test_loss)
     path = RealizedPath(recording, x_q, quadrature, store, progress)
-    check_count("num_products", num_products)
-    _check_companions(recording, x_q, clean_loss, test_loss)
     dense = path.sizes[0] <= DENSE_OUTPUTS if dense is None else dense
     first = outputs_of(path, recording.params)
     g = np.asarray(recording.loss.grad(first[0]), np.float64)
@@ -278,7 +298,7 @@ def analyze_training(
         residuals=known.residuals,
         seen=None if x_q is None else np.sum(known.moved_q**2, axis=0),
         visibility=float(swept[0].sums.visibility),
-        negative_share=max(0.0, -known.lowest) / known.gramian_values[0] if known.gramian_values[0] > 0 else 1.0,
+        negative_share=_negative_share(known.lowest, float(known.gramian_values[0])),
         forced=run.forced,
         identities=tuple(identities),
         cells=cells,
@@ -330,12 +350,7 @@ def _sampled(path: RealizedPath, rank: int, num_products: int, seed: int) -> _Kn
     return _Known(*motion[:3], trace, moved, moved_q, gramian.values, gramian.lowest, densities, None)
 
 
-def _check_companions(recording, x_q, clean_loss, test_loss):
-    if clean_loss is not None:
-        check_targets(clean_loss, *check_apply(recording.apply_fn, recording.params, recording.x_s, "x_s"))
-        if clean_loss.name != recording.loss.name:
-            raise ValueError(f"clean_loss is {clean_loss.name}, but the run's loss {recording.loss.name}.")
-    if test_loss is not None:
-        if x_q is None:
-            raise ValueError("test_loss needs the test inputs it belongs to; pass x_q.")
-        check_targets(test_loss, *check_apply(recording.apply_fn, recording.params, x_q, "x_q"))
+def _negative_share(lowest: float, highest: float) -> float:
+    if lowest >= 0:
+        return 0.0
+    return -lowest / highest if highest > 0 else 1.0

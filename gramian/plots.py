@@ -257,7 +257,8 @@ def test_displacement(report: Report | TrainingReport, ax: Axes | None = None) -
         )
         ax.set(xlim=(low, high), ylim=(low, high), aspect="equal")
         correlation = f"correlation {coupled.correlation:.6f}\n" if np.isfinite(coupled.correlation) else ""
-        text = f"{correlation}relative error {coupled.relative_error:.2g}"
+        error = f"relative error {coupled.relative_error:.2g}" if np.isfinite(coupled.relative_error) else "no motion"
+        text = correlation + error
         ax.text(
             0.03,
             0.97,
@@ -299,9 +300,12 @@ def kernel_drift(report: Report, ax: Axes | None = None) -> Axes:
             side.stairs(values, edges, baseline=None, color=color, lw=1.8, ls=style)
             side.tick_params(axis="y", colors=color)
             side.yaxis.set_major_formatter("{x:.3g}")
-            side.set_ylim(0, max(1.1 * float(values.max()), LEAST * np.finfo(values.dtype).eps))
+            highest = float(values[np.isfinite(values)].max(initial=0))
+            side.set_ylim(0, max(1.1 * highest, LEAST * np.finfo(values.dtype).eps))
         right.spines["right"].set(visible=True, color=RED)
         ax.spines["left"].set_color(BLUE)
+        if not np.isfinite(evolution.effective_rank).any():
+            ax.text(0.5, 0.5, "the kernel is zero", transform=ax.transAxes, ha="center", color=GREY)
         title_of(ax, "Kernel drift and effective rank")
         ax.set_ylabel(r"drift $\|K - K(t_0)\|_2 / \|K(t_0)\|_2$ (solid)", color=BLUE)
         right.set_ylabel(r"effective rank $\mathrm{tr}(K)^2 / \mathrm{tr}(K^2)$ (dashed)", color=RED)

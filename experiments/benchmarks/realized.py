@@ -168,7 +168,7 @@ def _paired(settings: RealizedBenchmark, case: Case, every: int) -> dict[str, An
                     recorder.start(*state)
                 for first in range(0, len(batches), every):
                     some = batches[first : first + every]
-                    state = train(_mlp, OPTIMIZER, loss, x, state, jnp.asarray(some))
+                    state, _ = train(_mlp, OPTIMIZER, loss, x, state, jnp.asarray(some))
                     if name == "with":
                         recorder.update(some, *state)
                 if name == "with":

@@ -19,7 +19,7 @@ def followed(tx, batches, basis, **settings):
     state = live.init(*train_state, basis)
     for batch in batches:
         state, info = live.update(state, *train_state, batch)
-        train_state = train(apply_fn, tx, SOFTMAX, X, train_state, batch[None])
+        train_state, _ = train(apply_fn, tx, SOFTMAX, X, train_state, batch[None])
     return state, info
 
 

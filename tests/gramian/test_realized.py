@@ -197,7 +197,7 @@ def test_a_run_that_begins_with_momentum(tmp_path):
     (*_, last) = Recording(tmp_path / "before", apply_fn, tx, SOFTMAX, X, PARAMS).segments()
     recorder = Recorder(tmp_path / "after", every=8)
     recorder.start(*last.end)
-    state = train(apply_fn, tx, SOFTMAX, X, last.end, jnp.asarray(batches[:8]))
+    state, _ = train(apply_fn, tx, SOFTMAX, X, last.end, jnp.asarray(batches[:8]))
     recorder.update(batches[:8], *state)
     recorder.close()
     run = Recording(tmp_path / "after", apply_fn, tx, SOFTMAX, X, PARAMS)
