@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
 PACKAGES = ("entk", "gramian", "transforms")
 PROSE = {getattr(tokenize, name) for name in ("STRING", "COMMENT", "FSTRING_MIDDLE") if hasattr(tokenize, name)}
+EVIDENCE = "8"  # the one section without mathematics
 NUMBER, SECTION = r"I[1-9][′']?|\d{1,2}[ab]?", r"\d(?:\.\d)?"
 # What MathJax as GitHub runs it knows without packages, as far as the page uses it.
 MACROS = set(
@@ -39,8 +40,8 @@ def equations_cited(text: str) -> set[str]:
     found |= set(re.findall(rf"(?:^|(?<=[\s\"'(\[]))\(({NUMBER})\)", text, re.MULTILINE))
     for first, last in re.findall(r"\(I(\d)\)(?:[-–]| to )\(I(\d)\)", text):
         found |= {f"I{k}" for k in range(int(first), int(last) + 1)}
-    for first, last in re.findall(r"equations (\d+)[-–](\d+)|", text) + re.findall(r"\((\d+)\)[-–]\((\d+)\)", text):
-        found |= {str(k) for k in range(int(first or 0), int(last or -1) + 1)}
+    for form in (r"equations (\d+)[-–](\d+)", r"\((\d+)\)[-–]\((\d+)\)"):
+        found |= {str(k) for first, last in re.findall(form, text) for k in range(int(first), int(last) + 1)}
     return {number.replace("'", "′") for number in found}
 
 
@@ -75,11 +76,6 @@ class Row(NamedTuple):
     also: list[str]
 
 
-class Section(NamedTuple):
-    title: str
-    text: str
-
-
 def equations_of(page: str) -> dict[str, str]:
     """Anchors of the equations, by number."""
     found = re.findall(r'<a id="([\w-]+)"></a>\*\*\((\w+′?)\)\*\*', page)
@@ -87,14 +83,14 @@ def equations_of(page: str) -> dict[str, str]:
     return {number: anchor for anchor, number in found}
 
 
-def sections_of(page: str) -> dict[str, Section]:
-    """A section's text includes its subsections'."""
+def sections_of(page: str) -> dict[str, str]:
+    """Texts of the sections, by number; a section's includes its subsections'."""
     heads = list(re.finditer(rf"^(#{{2,3}}) (?:({SECTION})\.? )?(.*)$", page, re.MULTILINE))
     found = {}
     for k, head in enumerate(heads):
         behind = (other.start() for other in heads[k + 1 :] if len(other[1]) <= len(head[1]))
         if head[2]:
-            found[head[2]] = Section(head[3], page[head.end() : next(behind, len(page))])
+            found[head[2]] = page[head.end() : next(behind, len(page))]
     return found
 
 
@@ -103,64 +99,71 @@ def rows_of(page: str, kind: str) -> Iterator[Row]:
     _, _, below = page.partition(f"\n| {kind} | ")
     for line in below.split("\n\n")[0].splitlines()[2:]:
         name, _, computed, also = [cell.strip() for cell in line.strip("|").split("|")] + [""] * (kind == "section")
-        number, anchor = re.fullmatch(r"(?:\[\(|§)([\w.]+′?)(?:\)\]\(#([\w-]+)\))?", name).groups()
+        ((number, anchor),) = re.findall(r"^(?:\[\(|§)([\w.]+′?)(?:\)\]\(#([\w-]+)\))?$", name)
         files = re.findall(r"`([^`]+)`", computed)
         assert files or computed == "planned", line
         yield Row(number, anchor, files, re.findall(r"`([^`]+)`", also))
 
 
-def faults(page: str, sources: Mapping[str, str]) -> list[str]:
-    """Everything in which the page and the code disagree."""
-    equations, sections = equations_of(page), sections_of(page)
-    of_equations, of_sections = (list(rows_of(page, kind)) for kind in ("equation", "section"))
-    cited = {path: equations_cited(text) for path, text in sources.items()}
-    found = []
+# ---------------------------------------------------------------- where they disagree
 
+
+def faults(page: str, sources: Mapping[str, str]) -> list[str]:
+    """Everything in which the page and the code disagree; `sources` are the code's prose by path."""
+    return sorted({*of_citations(page, sources), *of_equation_rows(page, sources), *of_section_rows(page, sources)})
+
+
+def of_citations(page: str, sources: Mapping[str, str]) -> Iterator[str]:
+    equations, sections = equations_of(page), sections_of(page)
     for path, text in sources.items():
-        found += [f"{path} cites ({number}), which the page does not define" for number in cited[path] - {*equations}]
-        found += [f"{path} cites §{number}, which is no section" for number in sections_cited(text) - {*sections}]
+        for number in equations_cited(text) - {*equations}:
+            yield f"{path} cites ({number}), which the page does not define"
+        for number in sections_cited(text) - {*sections}:
+            yield f"{path} cites §{number}, which is no section"
         for number, phrase in re.findall(rf'theory §({SECTION}), "([^"]+)"', text):
-            if number in sections and phrase.lower() not in sections[number].text.lower():
-                found.append(f'{path} cites "{phrase}", which §{number} does not speak of')
+            if number in sections and phrase.lower() not in sections[number].lower():
+                yield f'{path} cites "{phrase}", which §{number} does not speak of'
         for mention in re.findall(r"theory (?=[(§I\d]).{1,12}", text):
             if not equations_cited(mention) | sections_cited(mention):
-                found.append(f"{path} says {mention!r}: write theory (9), theory I2 or theory §3")
+                yield f"{path} says {mention!r}: write theory (9), theory I2 or theory §3"
 
-    if [(row.name, row.anchor) for row in of_equations] != [
-        (row.name, equations.get(row.name)) for row in of_equations
-    ]:
-        found.append("a row of the table of equations does not link to its equation")
-    if {row.name for row in of_equations} != {*equations} or len(of_equations) != len(equations):
-        found.append(f"equations without a row, or rows without: {({row.name for row in of_equations}) ^ {*equations}}")
-    found += [
-        f"§{name} has no row"
-        for name in {*sections} - {row.name.split(".")[0] for row in of_sections} - {"8"}
-        if "." not in name
-    ]
-    found += [f"a row is of §{row.name}, which is no section" for row in of_sections if row.name not in sections]
 
-    for row in of_equations:
-        for path in row.computed + row.also:
-            if row.name not in cited.get(path, ()):
-                found.append(f"({row.name}) is said to be in {path}, which {_lacks(path, sources)} it")
-        unnamed = {path for path, numbers in cited.items() if row.name in numbers and path.split("/")[0] in PACKAGES}
-        found += [f"{path} cites ({row.name}): name it there" for path in unnamed - {*row.computed, *row.also}]
-    # Of sections only this direction holds: they are cited for context too, by whatever draws or reports them.
-    for row in of_sections:
+def of_equation_rows(page: str, sources: Mapping[str, str]) -> Iterator[str]:
+    """Both ways: a file that is named cites the number, and a file of the packages that cites it is named."""
+    equations, rows = equations_of(page), list(rows_of(page, "equation"))
+    for number in {row.name for row in rows} ^ {*equations}:
+        yield f"({number}) has no row, or a row and no equation"
+    for row in rows:
+        if row.anchor != equations.get(row.name):
+            yield f"the row of ({row.name}) does not link to its equation"
+        named = {*row.computed, *row.also}
+        citing = {path for path, text in sources.items() if row.name in equations_cited(text)}
+        for path in named - citing:
+            yield f"({row.name}) is said to be in {path}, which {lacks(path, sources)}"
+        for path in citing - named:
+            if path.split("/")[0] in PACKAGES:
+                yield f"{path} cites ({row.name}), whose row does not name it"
+
+
+def of_section_rows(page: str, sources: Mapping[str, str]) -> Iterator[str]:
+    """One way alone: whatever draws or reports something cites its section too, for context."""
+    sections, rows = sections_of(page), list(rows_of(page, "section"))
+    for row in rows:
+        if row.name not in sections:
+            yield f"a row is of §{row.name}, which is no section"
         for path in row.computed:
             if row.name not in sections_cited(sources.get(path, "")):
-                found.append(f"§{row.name} is said to be in {path}, which {_lacks(path, sources)} it")
+                yield f"§{row.name} is said to be in {path}, which {lacks(path, sources)}"
+    for name, text in sections.items():
+        own = [row for row in rows if row.name == name]
+        if name != EVIDENCE and not [row for row in rows if row.name.startswith(name)]:
+            yield f"§{name} has no row"
+        if text.lstrip().startswith("*Planned") != (bool(own) and not any(row.computed for row in own)):
+            yield f"§{name} says *Planned* if and only if nothing of it is in the code"
 
-    for name, (_, text) in sections.items():
-        rows = [row for row in of_sections if row.name == name]
-        planned = bool(rows) and not any(row.computed for row in rows)
-        if planned != text.lstrip().startswith("*Planned"):
-            found.append(f"§{name} says *Planned* if and only if nothing of it is in the code")
-    return found
 
-
-def _lacks(path: str, sources: Mapping[str, str]) -> str:
-    return "does not cite" if path in sources else "does not exist, nor cite"
+def lacks(path: str, sources: Mapping[str, str]) -> str:
+    return "does not cite it" if path in sources else "does not exist"
 
 
 # ---------------------------------------------------------------- tests
@@ -191,7 +194,8 @@ def test_code_is_read_in_its_strings_and_comments_only():
 
 
 def test_the_page_and_the_code_agree():
-    assert not faults(PAGE, code())
+    found = faults(PAGE, code())
+    assert not found, "\n".join(found)
 
 
 def test_every_package_cites_the_page():
@@ -199,7 +203,7 @@ def test_every_package_cites_the_page():
         assert any(sections_cited(text) for path, text in code().items() if path.startswith(f"{package}/"))
 
 
-EQUATION = next(row for row in rows_of(PAGE, "equation") if row.name == "I6")
+EQUATION = next(row for row in rows_of(PAGE, "equation") if len(row.also) > 1)
 PLANNED = next(row.name for row in rows_of(PAGE, "equation") if not row.computed)
 
 
@@ -210,9 +214,9 @@ PLANNED = next(row.name for row in rows_of(PAGE, "equation") if not row.computed
         ("### 7.1 One step", "### One step", r"cites §7\.1, which is no section"),
         ("**Implicit bias**", "", '"implicit bias", which §6 does not speak of'),
         ("| [(I6)](#eq-I6) |", "| [(I6)](#eq-I7) |", "does not link to its equation"),
-        (f"`{EQUATION.computed[0]}`", "`gramian/_renamed.py`", "does not exist, nor cite it"),
+        (f"`{EQUATION.computed[0]}`", "`gramian/_renamed.py`", "which does not exist"),
         (f"`{EQUATION.computed[0]}`", "`gramian/__init__.py`", "which does not cite it"),
-        (f"`{EQUATION.also[0]}`, `{EQUATION.also[1]}`", f"`{EQUATION.also[1]}`", "name it there"),
+        (f"`{EQUATION.also[0]}`, `{EQUATION.also[1]}`", f"`{EQUATION.also[1]}`", "whose row does not name it"),
         ("*Planned: not in the code yet.*", "", "if and only if"),
     ],
 )
@@ -227,7 +231,7 @@ def test_a_page_that_is_wrong_is_found_out(old, new, fault):
         ("By (27).", r"cites \(27\), which the page does not define"),
         ("theory §9", "cites §9"),
         ("(theory 9)", "write theory"),
-        (f"theory ({PLANNED})", rf"cites \({PLANNED}\): name it there"),
+        (f"theory ({PLANNED})", rf"cites \({PLANNED}\), whose row does not name it"),
     ],
 )
 def test_code_that_cites_what_is_not_there_is_found_out(prose, fault):
@@ -271,3 +275,10 @@ def test_mathematics_renders_on_github():
     for formula in blocks + inline:
         assert formula.count("{") == formula.count("}"), formula
         assert set(re.findall(r"\\([A-Za-z]+)", formula)) <= MACROS, formula
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])
+def test_other_pages_cite_what_is_there(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert equations_cited(text) <= {*equations_of(PAGE)}
+    assert sections_cited(text) <= {*sections_of(PAGE)}
