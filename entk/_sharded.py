@@ -1,4 +1,4 @@
-"""Kernels over several devices: every device computes its own rows, and the columns go round a ring."""
+"""Kernels over several devices: every device computes its own rows, and the columns go round a ring (theory §4)."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def top_eigenpairs(
     num_steps: int | None = None,
     block_size: int | None = None,
 ) -> Eigenpairs:
-    """The largest eigenpairs K v = λ v by block Lanczos with full reorthogonalisation.
+    """The largest eigenpairs K v = λ v by block Lanczos with full reorthogonalisation (theory §4).
 
     Single-vector Lanczos sees one copy of a repeated eigenvalue, and the kernel of a model with c outputs repeats its
     eigenvalues c-fold, exactly or nearly: a block of b vectors sees b copies.

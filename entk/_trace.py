@@ -1,4 +1,4 @@
-"""Traces of operators from products with random vectors: Hutchinson's estimator and XTrace."""
+"""Traces of operators from products with random vectors: Hutchinson's estimator and XTrace (theory §4)."""
 
 from __future__ import annotations
 

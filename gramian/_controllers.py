@@ -1,4 +1,4 @@
-"""When a step is accepted and how long the next one is."""
+"""When a step is accepted and how long the next one is (theory §5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The output-space equation solved exactly while the kernel stands still (theory §5).
+"""The output-space equation (2) solved exactly while the kernel stands still (theory §5).
 
 For K = K_SS and B frozen, one factor diagonalises both: K = F Fᵀ and Fᵀ B F = diag(γ), γ ≥ 0. Every function f of
 B K that a step needs is then K f(B K) = F f(γ) Fᵀ: symmetric, positive semi-definite for f ≥ 0, and indifferent to

@@ -35,7 +35,7 @@ class RitzPairs(NamedTuple):
 def ritz_pairs(
     operator: LinearOperator, rank: int, *, block_size: int | None = None, num_products: int = 2, seed: int = 0
 ) -> RitzPairs:
-    """The largest eigenpairs by randomised block Krylov iteration (block Lanczos, fully reorthogonalised).
+    """The largest eigenpairs by randomised block Krylov iteration (block Lanczos, fully reorthogonalised; theory §4).
 
     The first product multiplies random vectors, the second what came out of it: with two this is a randomised
     eigendecomposition, with more of them block Lanczos. `entk.top_eigenpairs` does the same inside one compiled

@@ -62,7 +62,7 @@ class Sums(NamedTuple):
       moved_q: Σ J̄_Q Δw, (r + 1, M): −G ψ.
       gramian: Ψᵀ W Ψ, (r + 1, r + 1).
       motion: Ψᵀ V Ψ, (r, r).
-      visibility: Σ λ_max(J̄_Q N J̄_Qᵀ), a scalar.
+      visibility: Σ λ_max(J̄_Q N J̄_Qᵀ), a scalar: the factor in the bound (I6′).
     """
 
     moved: Float[Array, "r1 N"]

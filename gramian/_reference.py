@@ -130,7 +130,7 @@ def reference_flow(
 
 
 def _field(t: Array, state: _State, problem: tuple[KernelSource, OutputLoss]) -> _State:
-    """Right-hand sides of ẇ = −J_Sᵀg and of equations (5)-(8)."""
+    """Right-hand sides of ẇ = −J_Sᵀg, from which (1)-(4) follow, and of equations (5)-(8)."""
     source, loss = problem
     u_s, _ = source.outputs(state.params)
     velocity = jax.tree.map(jnp.negative, source.pull(state.params, loss.grad(u_s)))

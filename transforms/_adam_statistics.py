@@ -45,7 +45,7 @@ def adam_statistic(
 
     Cost: one number a parameter; about 20 flops a parameter.
 
-    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1.
+    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1; theory §7.2.
 
     >>> from transforms import poprisk_adamw
     >>> tx = poprisk_adamw(1e-3, statistic=adam_statistic(rho=0.95))

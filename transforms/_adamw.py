@@ -83,7 +83,7 @@ def poprisk_adamw(
     Cost: the state of `optax.adamw` plus exactly one number a parameter (s; 4 bytes in float32), or none with
     `adam_moments_statistic`, besides a few scalars a leaf; about 20 flops a parameter more.
 
-    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1.
+    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1; theory §7.2.
 
     >>> import jax, jax.numpy as jnp
     >>> tx = poprisk_adamw(learning_rate=0.1, weight_decay=0.01)

@@ -113,7 +113,7 @@ def gate_audit(
     Cost: num_splits (num_batches + n/2 examples' gradient); memory of a batch's gradient and four copies of params, the
     other half being taken in batches.
 
-    Source: Litman & Guo, arXiv:2605.01172; equation (9), with unseen examples in place of left-out ones.
+    Source: Litman & Guo, arXiv:2605.01172; theory (9) and §7.3, with unseen examples in place of left-out ones.
 
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)

@@ -56,7 +56,7 @@ def batch_statistic(b1: ArrayLike | None = None) -> Statistic:
     Cost: none of its own beyond the moments (`entk.gradient_moments`: about 1 to 2 batch gradients); with b1, two
     numbers a parameter.
 
-    Source: Litman & Guo, arXiv:2605.01172; equations (9) and (10).
+    Source: Litman & Guo, arXiv:2605.01172; theory (9), (10) and §7.3.
 
     >>> import jax.numpy as jnp
     >>> from transforms import HardMask, TStatistic, poprisk_gate

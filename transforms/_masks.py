@@ -36,7 +36,7 @@ class HardMask:
 
     Raises: nothing.
 
-    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1.
+    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1; theory §7.2.
 
     >>> import jax.numpy as jnp
     >>> print(HardMask().openness(jnp.array([4.0, 1.0, 0.0]), jnp.array([1.0, 4.0, 0.0]), 1.0))
@@ -68,7 +68,7 @@ class SoftMask:
       ValueError: a field negative or not finite.
       TypeError: a field that is not a number.
 
-    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1.
+    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1; theory §7.2.
 
     >>> import jax.numpy as jnp
     >>> print(SoftMask().openness(jnp.array([4.0, 1.0]), jnp.array([1.0, 4.0]), 1.0))
@@ -109,7 +109,7 @@ class SnrMask:
       ValueError: a field negative or not finite.
       TypeError: a field that is not a number.
 
-    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1.
+    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1; theory §7.2.
 
     >>> import jax.numpy as jnp
     >>> print(SnrMask().openness(jnp.array([4.0, 1.0]), jnp.array([1.0, 4.0]), 1.0))

@@ -1,4 +1,4 @@
-"""What a squared t-statistic does on pure noise: shares above a threshold, and thresholds for a share.
+"""What a squared t-statistic does on pure noise: shares above a threshold, and thresholds for a share (theory §7.3).
 
 Under Gaussian noise the squared t-statistic of one coordinate follows the F distribution with 1 and `dof` degrees of
 freedom; that of a block of `count` independent coordinates, each with `dof` of its own, the one with `count` and

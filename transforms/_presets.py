@@ -38,7 +38,7 @@ def algorithm_1(
 
     Cost: that of `poprisk_adamw`: one number a parameter more than AdamW.
 
-    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1.
+    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1; theory §7.2.
 
     >>> tx = algorithm_1(1e-3, alpha=0.1)
     """

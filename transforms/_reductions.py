@@ -1,4 +1,4 @@
-"""Reductions: which coordinates are decided on together.
+"""Reductions: which coordinates are decided on together (theory §7.3).
 
 A reduction averages squared mean and noise over blocks of coordinates; every coordinate of a block gets the same q.
 Where each scalar's statistic is noisy but a block shares its signal, the block knows more.

@@ -130,7 +130,7 @@ def gate_report(state: Any) -> GateReport:
 
     Cost: a few scalars from the device.
 
-    Source: Litman & Guo, arXiv:2605.01172; equation (9).
+    Source: Litman & Guo, arXiv:2605.01172; theory (9) and §7.3.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from transforms import HardMask, gate_report, poprisk_gate

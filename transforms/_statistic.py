@@ -121,7 +121,7 @@ def ema_statistic(
 
     Cost: state of 2 numbers a parameter and one counter; about 20 flops a parameter and no matrix products.
 
-    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1.
+    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1; theory §7.2.
 
     >>> import jax.numpy as jnp
     >>> statistic = ema_statistic()

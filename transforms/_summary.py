@@ -34,7 +34,7 @@ class Summary:
 
     Cost: with the defaults a few microseconds a leaf and step.
 
-    Source: Litman & Guo, arXiv:2605.01172; equation (9).
+    Source: Litman & Guo, arXiv:2605.01172; theory (9).
 
     >>> exact = Summary(sample=None, every=1, of_step=True)
     """

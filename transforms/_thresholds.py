@@ -53,7 +53,7 @@ class Alpha:
       ValueError: alpha negative or not finite.
       TypeError: alpha neither a number nor a schedule.
 
-    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1.
+    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1; theory §7.2.
 
     >>> Alpha(finite_data_alpha(batch_size=100, num_examples=1100))
     Alpha(alpha=0.1)
@@ -90,7 +90,7 @@ class TStatistic:
       ValueError: z negative or not finite.
       TypeError: z neither a number nor a schedule.
 
-    Source: Litman & Guo, arXiv:2605.01172; equations (9) and (10).
+    Source: Litman & Guo, arXiv:2605.01172; theory (9), (10) and §7.3.
 
     >>> import jax.numpy as jnp
     >>> from transforms import Moments
@@ -182,7 +182,7 @@ def finite_data_alpha(batch_size: SupportsIndex, num_examples: SupportsIndex) ->
       ValueError: b < 1 or n <= b.
       TypeError: b or n not an integer.
 
-    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1.
+    Source: Litman & Guo, arXiv:2605.01172, Algorithm 1; theory §7.2.
 
     >>> finite_data_alpha(batch_size=100, num_examples=1100)
     0.1

@@ -1,7 +1,7 @@
 """Controls: what a gate does besides selecting coordinates, done without selecting, and an older filter of gradients.
 
 A gate with q < 1 shrinks the step, and hides coordinates from it; both are known to help on their own. So each control
-runs the gate beside itself, on its own path, and takes from it a single number a step.
+runs the gate beside itself, on its own path, and takes from it a single number a step (theory §7.3).
 """
 
 from __future__ import annotations

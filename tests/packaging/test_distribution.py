@@ -69,7 +69,7 @@ def test_readme_quotes_the_error_of_a_clashing_transforms(tmp_path):
 def test_no_file_names_a_path_of_the_machine_it_was_written_on():
     machine_path = re.compile(r"(?<![\w.])/(work|root|home|Users|opt)/")
     top_level = [path for path in ROOT.iterdir() if path.is_file() and not path.name.startswith(".git")]
-    folders = ["entk", "gramian", "transforms", "experiments", "notebooks", "tests", "locks", ".ci", "results"]
+    folders = ["entk", "gramian", "transforms", "experiments", "notebooks", "tests", "docs", "locks", ".ci", "results"]
     for path in top_level + [path for folder in folders for path in (ROOT / folder).rglob("*")]:
         if path.suffix in {"", ".py", ".md", ".toml", ".txt", ".cff", ".ipynb", ".json"} and path.is_file():
             assert not machine_path.search(path.read_text()), path
