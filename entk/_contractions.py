@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from entk._factors import Factors, Part
+from entk._products import Lookup
 
 PyTree = Any
 CACHED_NUMBERS = 2**19  # 2 MiB of float32
@@ -56,6 +57,12 @@ class Contraction(Protocol):
     def block(self, part: Part, rows: PyTree, columns: PyTree, precision: lax.PrecisionLike) -> Array:
         """The part's (n₁·c, n₂·c) block of K from n₁ and n₂ prepared examples."""
         ...
+
+
+def numbers_seen(part: Part) -> tuple[int, ...]:
+    """Numbers kept of an activation at one position, per entry of `part.sizes`: of a row of a table its index alone."""
+    first, *rest = (sizes.inputs for sizes in part.sizes)
+    return (1 if all(isinstance(use, Lookup) for use in part.uses) else first, *rest)
 
 
 def product(rows: Array, columns: Array, precision: lax.PrecisionLike) -> Array:
@@ -146,8 +153,9 @@ class PositionPairs:
 
     Raises: nothing.
 
-    Cost: R²D + cR²H + c²RH multiply-adds a pair of examples; D + c²H for one position, also where the cotangents of all
-    other positions turn out to be zero (a next-token model's last block). R·(D + c·H) numbers an example.
+    Cost: R²D + cR²H + c²RH multiply-adds a pair of examples, D = 1 for rows taken by index; D + c²H for one position,
+    also where the cotangents of all other positions turn out to be zero (a next-token model's last block). R·(D + c·H)
+    numbers an example.
 
     Example:
       >>> import jax.numpy as jnp
@@ -159,7 +167,8 @@ class PositionPairs:
     def cost(self, part, num_outputs):
         c = num_outputs
         pair = stored = tile = 0
-        for groups, positions, inputs, outputs in part.sizes:
+        seen = numbers_seen(part)
+        for (groups, positions, _, outputs), inputs in zip(part.sizes, seen, strict=True):
             if positions == 1:
                 pair += groups * (inputs + c * c * outputs)
                 tile += 2 * c * c
@@ -168,8 +177,8 @@ class PositionPairs:
                 tile += c * c
             stored += groups * positions * (inputs + c * outputs)
         if part.mirrored:
-            (groups, r, inputs, outputs), (_, s, _, _) = part.sizes
-            pair += 2 * groups * c * r * s * (inputs + outputs + c)
+            (groups, r, _, outputs), (_, s, _, _) = part.sizes
+            pair += 2 * groups * c * r * s * (seen[0] + outputs + c)
             tile += 2 * c * r * s
         return Cost(0, pair, stored, tile)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from entk._checks import ApplyFn, OutputSpec, PyTree, check_fits
-from entk._contractions import CACHED_NUMBERS, Contraction, Cost, JacobianBlocks, PositionPairs
+from entk._contractions import CACHED_NUMBERS, Contraction, Cost, JacobianBlocks, PositionPairs, numbers_seen
 from entk._factors import FactoredModel, Factors, Part
 from entk._jacobian import PRECISION, map_examples
 from entk._products import Sizes
@@ -181,11 +181,11 @@ def in_slices(choices: list[Choice], num_outputs: int) -> list[Choice]:
         part = choice.part
         if not isinstance(choice.contraction, JacobianBlocks) or not part.uses or part.mirrored:
             return choice
-        groups, positions, inputs, outputs = part.sizes[0]
+        groups, positions, _, outputs = part.sizes[0]
         slices = max(
             k for k in range(1, outputs + 1) if k == 1 or (outputs % k == 0 and part.num_params >= k * SLICE_NUMBERS)
         )
-        factors = groups * positions * (inputs + num_outputs * outputs)
+        factors = groups * positions * (numbers_seen(part)[0] + num_outputs * outputs)
         if factors + choice.cost.stored // slices >= choice.cost.stored:
             return choice
         return choice._replace(cost=replace(choice.cost, stored=factors), slices=slices)

@@ -325,6 +325,21 @@ def test_a_jacobian_larger_than_its_factors_is_never_held():
     assert memory.temp_size_in_bytes < plan(model, *zeros).bytes
 
 
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_a_large_table_costs_what_its_rows_do(tokens):
+    """Rows are compared by index: no Jacobian of the table, and no row of one-hot numbers, is held or planned."""
+    params = {"table": np.zeros((50_000, 16), np.float32), "w": np.zeros((16, 4), np.float32)}
+
+    def model(params, x):
+        return jnp.tanh(params["table"][x].mean(1)) @ params["w"]
+
+    x = np.zeros((64, tokens), np.int32)
+    chosen = plan(model, params, x)
+    assert chosen.leaves[0].contraction == PositionPairs()
+    memory = _kernel.lower(Structured(), model, params, x, None).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < chosen.bytes < 2**26
+
+
 def test_a_budget_too_small_for_one_example_is_refused():
     message = r"one example needs [\d,]+ bytes of workspace, but workspace_bytes=100\. Pass a larger workspace_bytes"
     for call in (empirical_ntk, plan):
