@@ -27,7 +27,7 @@ from gramian._stash import Damaged, Trail, read_tree, write_tree
 
 PyTree = Any
 STEPS_AT_ONCE = 16  # at most, whose probes and linearisations a backward sweep holds
-FLOPS_AT_ONCE = 2e9  # and at least one step: no signal is answered within a call
+FLOPS_AT_ONCE = 1e10  # and at least one step: no signal is answered within a call
 KEEP_SECONDS = 2.0  # least time between two keeps of a sweep under way: what a kill costs, or one segment
 
 

@@ -1,11 +1,6 @@
-"""Recording: what comes back, what a kill costs, what a damaged save does."""
+"""Recording: what comes back, what a damaged save does, what a full disk costs."""
 
 import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +10,6 @@ import pytest
 from training_problems import OPTIMIZERS, PARAMS, SOFTMAX, SQUARED, N, X, apply_fn, record
 
 from gramian import Recorder, Recording, minibatches, record_training
-
-WORKER = """
-import sys, jax
-jax.config.update("jax_enable_x64", True)
-sys.path.insert(0, {tests!r})
-from training_problems import *
-print("ready", flush=True)
-record_training(
-    apply_fn, PARAMS, X, SOFTMAX, OPTIMIZERS["adamw"], minibatches(N, 4, 40), Recorder({folder!r}, 2, every_seconds=0)
-)
-print("done", flush=True)
-"""
 
 
 def by_hand(optimizer, batches, loss=SOFTMAX):
@@ -109,28 +92,6 @@ def test_a_longer_call_goes_on_where_the_shorter_one_ended(tmp_path, monkeypatch
     assert sum(steps) == len(batches) - 16
     assert_same(parts, whole)
     assert run.num_steps == len(batches)
-
-
-def test_sigkill_at_random_moments(tmp_path):
-    """Three kills of one run; the last start ends it, bit-identical to a run that was never stopped."""
-    code = WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "killed"))
-    rng = np.random.default_rng(0)
-    for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0.3, 1.2))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert "done" in subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
-    killed = Recording(tmp_path / "killed", apply_fn, OPTIMIZERS["adamw"], SOFTMAX, X, PARAMS)
-    batches = minibatches(N, 4, 40)
-    whole, run = record(tmp_path / "whole", OPTIMIZERS["adamw"], batches=batches, every=2)
-    np.testing.assert_array_equal(np.concatenate([segment.batches for segment in killed.segments()]), batches)
-    ours, theirs = ({s.step: s.start for s in one.segments()} for one in (killed, run))
-    assert ours.keys() == theirs.keys()
-    for step in ours:
-        assert_same(ours[step], theirs[step])
-    assert_same(list(killed.segments())[-1].end.params, whole)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])

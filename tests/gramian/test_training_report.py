@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -151,6 +149,34 @@ def test_a_damaged_state_on_the_way_is_computed_again(run, tmp_path, monkeypatch
     assert len(list(tmp_path.glob("aside/*/16.save"))) == 1
 
 
+@pytest.mark.parametrize("direction", ["_forward", "_backward"])
+def test_a_sweep_that_was_cut_otherwise_begins_again(direction, run, tmp_path, monkeypatch, capsys):
+    """Stopped at a step that is now in the midst of a segment: its probes must not be taken for the segment's."""
+    monkeypatch.setattr(realized, "KEEP_SECONDS", 0.0)
+    psi, plain, calls = np.ones((1, N * OUTPUTS)), getattr(realized, direction), []
+
+    def sweep(store=None):
+        path = RealizedPath(run, X_Q, 1, store)
+        return path.forward(psi) if direction == "_forward" else path.backward(propagated=psi)
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    whole = sweep()
+    with monkeypatch.context() as patch:
+        patch.setattr(realized, "STEPS_AT_ONCE", 1)
+        patch.setattr(realized, direction, stop)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(tmp_path)
+    found = sweep(tmp_path)
+    assert "belongs to steps that were cut otherwise. It is kept as" in capsys.readouterr().out
+    for one, other in zip(*map(jax.tree.leaves, (whole, found)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_killed_analysis_takes_up_finished_sweeps(run, tmp_path, monkeypatch):
     settings = {"dense": False, "rank": 2, "num_products": 1, "store": tmp_path}
     whole = analyze_training(run, X_Q, **settings | {"store": None}).as_dict()
@@ -181,31 +207,6 @@ def test_a_store_tells_runs_of_the_same_start_apart(run, tmp_path):
     first, second = (RealizedPath(one, store=store).forward(psi).sums.moved for one in (run, other))
     np.testing.assert_array_equal(second, RealizedPath(other).forward(psi).sums.moved)
     assert np.abs(first - second).max() > 1e-3
-
-
-def test_sigkill_in_the_midst_of_a_sweep(run, tmp_path, monkeypatch):
-    """Killed as soon as something is kept on the way back; the next process ends it, bit-identical."""
-    code = f"""
-import sys, jax
-jax.config.update("jax_enable_x64", True)
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from training_problems import *
-from gramian import RealizedPath, Recording, _realized
-_realized.KEEP_SECONDS, _realized.STEPS_AT_ONCE = 0.0, 2
-params = {{name: jnp.asarray(leaf) for name, leaf in PARAMS.items()}}
-run = Recording({str(run.directory)!r}, apply_fn, OPTIMIZERS["adamw"], SOFTMAX, X, params)
-product = RealizedPath(run, X_Q, 1, {str(tmp_path)!r}).backward(np.ones((1, {N * OUTPUTS})), of="gramian")
-print(np.asarray(product).tobytes().hex(), flush=True)
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(tmp_path.glob("*/backward.save")):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.communicate()[0] == "", "it was killed before its end"
-    last = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
-    monkeypatch.setattr(realized, "STEPS_AT_ONCE", 2)
-    whole = RealizedPath(run, X_Q, 1).backward(np.ones((1, N * OUTPUTS)), of="gramian")
-    assert bytes.fromhex(last) == np.asarray(whole).tobytes()
 
 
 def test_examples_and_probes_on_eight_devices(tmp_path):
