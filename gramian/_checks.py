@@ -119,7 +119,7 @@ def check_test_inputs(apply_fn: Any, params: PyTree, x_s: PyTree, x_q: PyTree) -
         if of_q == of_s:
             raise
         raise ValueError(
-            f"apply_fn cannot be evaluated at x_q: its examples have the features {of_q}, and those of x_s {of_s}; "
+            f"apply_fn cannot be evaluated at x_q: its examples have shape {of_q}, and those of x_s {of_s}; "
             f"prepare x_q as x_s was. The model says: {type(error).__name__}: {str(error)[:300]}"
         ) from error
 
@@ -127,7 +127,7 @@ def check_test_inputs(apply_fn: Any, params: PyTree, x_s: PyTree, x_q: PyTree) -
 def _features(x: PyTree) -> str:
     """Shapes of one example, by name."""
     named = [
-        (jax.tree_util.keystr(path), f"{jnp.result_type(leaf)}{list(jnp.shape(leaf)[1:])}")
+        (jax.tree_util.keystr(path), str(jnp.shape(leaf)[1:]))
         for path, leaf in jax.tree_util.tree_leaves_with_path(x)
         if hasattr(leaf, "dtype")
     ]

@@ -318,19 +318,33 @@ def _frozen_kernel(run: _Run, tolerance: float) -> Identity:
 
 def _coupling(run: _Run, coupled: Coupling | None) -> Identity:
     coupled = coupled or coupling(run.flow)
-    if run.flow.loss.isotropic:
-        statement = "G = A D, A = G D⁺"
-        # D⁺ loses as many digits as D has orders of magnitude, of which G sees the square root (I6).
-        values = np.linalg.svd(run.d, compute_uv=False)
-        spread = values[0] / max(values[-1], run.size * run.eps * values[0]) if values[0] > 0 else 1.0
-        tolerance = max(run.rounding, run.size * run.eps * float(np.sqrt(spread)))
-    else:
-        statement, tolerance = "(G−AD) W⁺ (G−AD)ᵀ = R⊥R⊥ᵀ", run.half_precision
+    squared = run.flow.loss.isotropic
+    statement = "G = A D, A = G D⁺" if squared else "(G−AD) W⁺ (G−AD)ᵀ = R⊥R⊥ᵀ"
     if not run.g_q.any():
         return Identity("(I9)", statement, None, None, None, "no test point moved")
+    enlarged, unresolved = _resolved(run)
+    tolerance = max(run.rounding, enlarged) if squared else run.half_precision
+    if coupled.residual > tolerance and unresolved:
+        note = f"no verdict: D has no digits left along {unresolved} of {run.size} directions, which (I6) bounds"
+        return Identity("(I9)", statement, coupled.residual, None, None, note)
     noise = np.linalg.norm(run.moved_q) <= run.off.outputs_q
     said = (
         "within rounding" if noise or not np.isfinite(coupled.correlation) else f"correlation {coupled.correlation:.6f}"
     )
     note = f"predicted against observed test displacement: {said}"
     return judge("(I9)", statement, coupled.residual, 1.0, tolerance=tolerance, note=note)
+
+
+def _resolved(run: _Run) -> tuple[float, int]:
+    """How far G D⁺ D is off G in this arithmetic, relative to G, and along how many directions D has no digits left.
+
+    D⁺ enlarges rounding along small singular values. Eigenvalues of K_SS are right to rounding of the largest, and D
+    holds them times t.
+    """
+    flow, size = run.flow, np.linalg.norm(run.g_q)
+    _, values, rows = np.linalg.svd(run.d)
+    kernel = max(float(np.linalg.norm(flow.source.k_ss(w))) for w in (flow.params0, flow.params))
+    resolved = values > run.size * run.eps * max(values[0], (flow.t1 - flow.t0) * kernel)
+    seen = np.linalg.norm(run.g_q @ rows[resolved].T, axis=0) / values[resolved]
+    enlarged = np.sqrt(run.size) * np.finfo(float).eps * values[0] * np.linalg.norm(seen)
+    return float(enlarged / size), int(np.sum(~resolved))

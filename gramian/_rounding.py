@@ -13,7 +13,7 @@ from gramian._source import KernelSource
 
 PyTree = Any
 PROBES = 8  # random signs; their mean square is what counts
-SAFETY = 4.0  # evaluations round inside of the model too, more than once
+SAFETY = 2.0  # evaluations round inside of the model too, more than once
 
 
 class Rounding(NamedTuple):

@@ -322,3 +322,30 @@ def test_lists_and_complex_kernels(name):
         MEASURES[name]([[1.0, 0.0], [0.0, 1.0]], np.eye(2))
     with pytest.raises(TypeError, match=r"k has dtype complex128, but kernels are real"):
         MEASURES[name](1j * np.eye(2), np.eye(2))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_cosines_are_one_at_most_and_ranks_at_most_the_size(dtype):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        j = rng.normal(size=(6, 3)).astype(dtype)
+        k = j @ j.T
+        assert float(centered_kernel_alignment(k, 3 * k)) <= 1
+        assert float(target_alignment(np.outer(j[:, 0], j[:, 0]), j[:, 0])) <= 1
+    assert float(effective_rank(np.eye(7, dtype=dtype) / 3)) <= 7
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_measures_do_not_depend_on_the_scale_of_the_kernel(scale):
+    """In float32, where the squares of these numbers are 0 and infinite."""
+    rng = np.random.default_rng(0)
+    j, y = rng.normal(size=(5, 4)).astype(np.float32), rng.normal(size=5).astype(np.float32)
+    k, other, size = j @ j.T, j[:, :2] @ j[:, :2].T, np.float32(scale)
+    for measure in (lambda k: centered_kernel_alignment(k, other), effective_rank):
+        np.testing.assert_allclose(measure(size * k), measure(k), rtol=1e-5)
+    np.testing.assert_allclose(target_alignment(size * k, size * y), target_alignment(k, y), rtol=1e-5)
+
+
+def test_a_constant_kernel_has_no_alignment():
+    """Centring leaves the rounding of 0.1, of which a cosine would be any number."""
+    assert np.isnan(centered_kernel_alignment(np.full((5, 5), 0.1), np.eye(5)))
