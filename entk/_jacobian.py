@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from entk._checks import ApplyFn, PyTree, check_apply, check_fits, check_microbatch_size, num_params
+from entk._checks import ApplyFn, PyTree, check_apply, check_fits, check_microbatch_size, num_params, pin_model
 from entk._params import differentiable
 
 # TF32 and bfloat16 passes would break symmetry and positive semi-definiteness of K on accelerators.
@@ -77,6 +77,7 @@ def jacobian(
              [3., 4.]], dtype=float64)
     """
     microbatch_size = check_microbatch_size(microbatch_size)
+    apply_fn = pin_model(apply_fn, params, x, name="x")
     spec = check_apply(apply_fn, params, x)
     shape = (spec.num_examples, spec.num_outputs, num_params(params))
     n, c, p = shape

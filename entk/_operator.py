@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from entk._checks import ApplyFn, PyTree, check_apply_pair, check_count, check_fits, check_microbatch_size, num_params
+from entk._checks import (
+    ApplyFn,
+    PyTree,
+    check_apply_pair,
+    check_count,
+    check_fits,
+    check_microbatch_size,
+    num_params,
+    pin_model,
+)
 from entk._jacobian import map_examples, model_precision, sum_blocks
 from entk._ntk import empirical_ntk
 from entk._params import differentiable
@@ -68,6 +77,7 @@ class NtkOperator:
     num_outputs: int = field(init=False)
 
     def __post_init__(self):
+        object.__setattr__(self, "apply_fn", pin_model(self.apply_fn, self.params, self.x1, self.x2).held())
         spec, _ = check_apply_pair(self.apply_fn, self.params, self.x1, self.x2)
         _check_preconditioner(self.preconditioner, self.params)
         object.__setattr__(self, "microbatch_size", check_microbatch_size(self.microbatch_size))

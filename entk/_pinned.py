@@ -24,6 +24,8 @@ from entk._params import differentiable
 PyTree = Any
 
 COMPARED_BYTES = 2**26  # of two arrays that are not one object; larger ones count as different
+# Of where a trace is made and where its arrays are to be, which no value depends on; `policy` is what remat keeps.
+PLACES = {"ctx_mesh", "sharding", "out_sharding", "in_shardings", "out_shardings", "in_layouts", "out_layouts", "policy"}
 PLAIN = (bool, int, str, tuple, type(None))  # what a primitive with custom rules has beside its rules and its jaxpr
 JAX_FOLDER = os.path.dirname(jax.__file__)
 
@@ -172,16 +174,18 @@ def _is_traced(leaf: Any) -> bool:
 def _fingerprint(function: Callable, arguments: tuple, derived: Callable | None) -> tuple[tuple, tuple, bool]:
     """What a function traces to, as a hashable value; the shapes it returns; whether it closes over traced values."""
     walk, keys, out = _Walk(), [], []
-    for args in arguments:
-        # A new function each time: JAX keeps what it has traced by the identity of the function.
-        closed, shape = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
-        keys.append(walk.closed(closed))
-        out.append(shape)
-    if walk.has_custom_rules and derived is not None:
-        try:
-            keys += [walk.closed(jax.make_jaxpr(derived(lambda *args: function(*args)))(*args)) for args in arguments]
-        except Exception:  # of whatever kind: it cannot be differentiated, and what needs the derivative says so
-            keys.append(_Same(object()))
+    with jax.default_matmul_precision("highest"):  # whatever the caller's is: it is no part of the function
+        for args in arguments:
+            # A new function each time: JAX keeps what it has traced by the identity of the function.
+            closed, shape = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
+            keys.append(walk.closed(closed))
+            out.append(shape)
+        if walk.has_custom_rules and derived is not None:
+            try:
+                for args in arguments:
+                    keys.append(walk.closed(jax.make_jaxpr(derived(lambda *args: function(*args)))(*args)))
+            except Exception:  # of whatever kind: it cannot be differentiated, and what needs the derivative says so
+                keys.append(_Same(object()))
     return tuple(keys), tuple(out), walk.is_traced
 
 
@@ -205,10 +209,10 @@ class _Walk:
 
         def read(var):
             if hasattr(var, "val"):
-                return var.aval, self.constant(var.val)
+                return _kind(var.aval), self.constant(var.val)
             return numbers.setdefault(var, len(numbers))
 
-        inputs = tuple((read(var), var.aval) for var in (*jaxpr.constvars, *jaxpr.invars))
+        inputs = tuple((read(var), _kind(var.aval)) for var in (*jaxpr.constvars, *jaxpr.invars))
         equations = tuple(
             (eqn.primitive, tuple(map(read, eqn.invars)), tuple(map(read, eqn.outvars)), tuple(self.params(eqn)))
             for eqn in jaxpr.eqns
@@ -222,8 +226,8 @@ class _Walk:
             # derivative is traced.
             if is_custom and not isinstance(value, PLAIN) and not hasattr(value, "jaxpr"):
                 self.has_custom_rules |= not _is_of_jax(eqn.params.get("call_jaxpr"))
-            else:
-                yield name, None if name == "policy" else self.value(value)  # of remat: what is kept, not what comes out
+            elif name not in PLACES:
+                yield name, self.value(value)
 
     def value(self, value: Any) -> Hashable:
         if hasattr(value, "jaxpr") and hasattr(value, "consts"):
@@ -254,6 +258,13 @@ class _Walk:
         # By contents, as they may be changed in place.
         contents = array.tobytes() if array.nbytes <= 64 else hashlib.sha256(array.tobytes()).digest()
         return array.shape, str(array.dtype), contents
+
+
+def _kind(aval: Any) -> Hashable:
+    """Shape and dtype of a variable; its sharding depends on where the trace is made."""
+    if hasattr(aval, "shape") and hasattr(aval, "dtype"):
+        return aval.shape, aval.dtype, getattr(aval, "weak_type", False)
+    return aval
 
 
 def _is_of_jax(closed: Any) -> bool:

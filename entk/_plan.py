@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from entk._checks import ApplyFn, PyTree, check_apply_pair
+from entk._checks import ApplyFn, PyTree, check_apply_pair, pin_model
 from entk._contractions import Contraction
 from entk._structured import Structured, matched, workspace
 
@@ -112,6 +112,7 @@ def plan(
       (("['w']", "['b']"), 'PositionPairs')
     """
     strategy = strategy or Structured()
+    apply_fn = pin_model(apply_fn, params, x1, x2)
     spec1, spec2 = check_apply_pair(apply_fn, params, x1, x2)
     strategy.check(params, spec1, spec2, x2 is None)
     n1, n2, c = spec1.num_examples, spec2.num_examples, spec1.num_outputs

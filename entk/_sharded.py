@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from entk._checks import ApplyFn, OutputSpec, PyTree, check_apply_pair, check_fits
+from entk._checks import ApplyFn, OutputSpec, PyTree, check_apply_pair, check_fits, pin_model
 from entk._jacobian import map_examples
 from entk._structured import Structured, contract, matched, prepare_example
 
@@ -132,7 +132,9 @@ def sharded_ntk(
     """
     place = Place(mesh, _check_axes(mesh, axis))
     size = place.num_devices
-    spec1, spec2 = check_apply_pair(apply_fn, *map(_for_checks, (params, x1, x2)))
+    for_checks = tuple(map(_for_checks, (params, x1, x2)))
+    apply_fn = pin_model(apply_fn, *for_checks)
+    spec1, spec2 = check_apply_pair(apply_fn, *for_checks)
     n1, n2 = spec1.num_examples, spec2.num_examples
     if n1 % size:
         raise ValueError(
