@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import numbers
 from collections.abc import Callable, Hashable
@@ -16,11 +17,15 @@ from entk._independence import check_independent, kind, one_row, passed, remembe
 from entk._misuse import check_function, check_leaf, explain_call, first_line, shapes
 from entk._params import differentiable
 from entk._pinned import Pinned, pin
+from entk._rlimit import rlimit_headroom
 
 PyTree = Any
 ApplyFn = Callable[[PyTree, PyTree], Any]  # one array; libraries type theirs loosely, so check_apply verifies it
 
 
+SMALL_BYTES = 2**24
+
+_FITTED: dict[Hashable, Any] = {}  # small allocations that fitted
 _ARGUMENTS: dict[Hashable, Any] = {}  # kinds of params and x that have passed
 
 
@@ -93,18 +98,20 @@ def num_examples(x: PyTree, name: str) -> int:
     return n
 
 
-def pin_model(apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None = None, *, name: str = "x1") -> Pinned:
+def pin_model(
+    apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None = None, *, names: tuple[str, str] = ("x1", "x2")
+) -> Pinned:
     """`apply_fn` as it is now, traced on one example; its arguments are checked first (see `entk._pinned`)."""
     if isinstance(apply_fn, Pinned):
         return apply_fn
     check_function(apply_fn, "apply_fn")
     try:
-        _check_arguments(params, x1, name)
+        _check_arguments(params, x1, names[0])
         if x2 is not None:
-            _check_arguments(params, x2, "x2")
+            _check_arguments(params, x2, names[1])
         model = pin(apply_fn, (params, one_row(x1)))
     except Exception as error:
-        explain_call(apply_fn, params, x1, name, error)
+        explain_call(apply_fn, params, x1, names[0], error)
         raise
     if x2 is None or kind(x2, 1) == kind(x1, 1):
         return model
@@ -112,7 +119,7 @@ def pin_model(apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None =
         return pin(apply_fn, (params, one_row(x1)), (params, one_row(x2)))
     except Exception as error:
         raise ValueError(
-            f"apply_fn takes examples of {name}, {shapes(x1)}, and fails on those of x2, {shapes(x2)} "
+            f"apply_fn takes examples of {names[0]}, {shapes(x1)}, and fails on those of {names[1]}, {shapes(x2)} "
             f"({type(error).__name__}: {first_line(error)}). Both must be inputs of the same model: the same features, "
             "in the same places."
         ) from error
@@ -144,7 +151,7 @@ def check_apply(apply_fn: ApplyFn, params: PyTree, x: PyTree, name: str = "x") -
 
     All of it is checked by tracing, except what takes values: that a row changes with its own example only.
     """
-    model = pin_model(apply_fn, params, x, name=name)
+    model = pin_model(apply_fn, params, x, names=(name, ""))
     _check_arguments(params, x, name)
     found = "outputs", model, kind(params), kind(x)
     spec = passed(found)
@@ -219,17 +226,45 @@ def check_count(name: str, value: Any, minimum: int = 1) -> int:
 
 
 def available_bytes() -> int:
-    """Memory in bytes that this process's first device can still give; for a CPU, what a container's limit leaves."""
+    """Memory in bytes that this process's first device can still give; for a CPU, what the limits of containers and of
+    the process leave."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return int(min(psutil.virtual_memory().available, cgroup_headroom()))
+    return int(min(psutil.virtual_memory().available, cgroup_headroom(), rlimit_headroom()))
 
 
-def check_fits(num_bytes: int, what: str, remedy: str) -> None:
-    """Refuses an allocation that is larger than the memory at hand, before it is made."""
+def check_fits(
+    num_bytes: int,
+    what: str,
+    remedy: str,
+    *,
+    count: int = 0,
+    bytes_of: Callable[[int], int] | None = None,
+    unit: str = "examples",
+) -> None:
+    """Refuses an allocation that is larger than the memory at hand, before it is made.
+
+    Args:
+      num_bytes: what it takes.
+      what: is allocated, for the message; "the 10 x 10 kernel".
+      remedy: sentences that name the ways out.
+      count, bytes_of, unit: of what there could be less, and what so many take: the message says how many would fit.
+
+    Cost: files of the operating system are read; for up to 16 MiB once for the same allocation.
+    """
+    small = (what, num_bytes) if num_bytes <= SMALL_BYTES else None
+    if small is not None and small in _FITTED:
+        return
     available = available_bytes()
     if num_bytes > available:
+        fitting = ""
+        if bytes_of is not None:
+            most = bisect.bisect_right(range(1, count), available, key=bytes_of)
+            fitting = f" {most:,} of the {count:,} {unit} would fit." if most else f" Not even one of {unit} would fit."
         raise MemoryError(
-            f"{what} takes {num_bytes / 2**30:,.1f} GiB and {available / 2**30:,.1f} GiB are available. {remedy}"
+            f"{what} takes {num_bytes / 2**30:,.1f} GiB and {available / 2**30:,.1f} GiB are available.{fitting} "
+            f"{remedy}"
         )
+    if small is not None:
+        remember(small, among=_FITTED)

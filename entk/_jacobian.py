@@ -77,16 +77,22 @@ def jacobian(
              [3., 4.]], dtype=float64)
     """
     microbatch_size = check_microbatch_size(microbatch_size)
-    apply_fn = pin_model(apply_fn, params, x, name="x")
+    apply_fn = pin_model(apply_fn, params, x, names=("x", ""))
     spec = check_apply(apply_fn, params, x)
     shape = (spec.num_examples, spec.num_outputs, num_params(params))
     n, c, p = shape
-    b = microbatch_size or n
-    held = n + 2 * b if b < n and n % b == 0 else 2 * n
+
+    def bytes_of(n):
+        b = microbatch_size or n
+        held = n + 2 * b if b < n and n % b == 0 else 2 * n
+        return held * c * p * spec.dtype.itemsize
+
     check_fits(
-        held * c * p * spec.dtype.itemsize,
+        bytes_of(n),
         f"forming the {n} x {c} x {p:,} {spec.dtype} Jacobian (of {n * c * p * spec.dtype.itemsize / 2**30:,.1f} GiB)",
         "Use empirical_ntk, which never holds all of it, or ntk_vector_product, which holds none of it.",
+        count=n,
+        bytes_of=bytes_of,
     )
     return _jacobian(apply_fn, params, x, microbatch_size)
 

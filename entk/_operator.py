@@ -241,10 +241,17 @@ def _multiply(operator: NtkOperator, vector: Float[Array | np.ndarray, "n2c ..."
         r, p = vector.shape[1], num_params(operator.params)
         held = min(operator.probe_batch_size or r, r)
         in_blocks = (operator.microbatch_size or length) * operator.num_outputs < length
+
+        def bytes_of(probes):
+            return (1 + in_blocks) * probes * p * vector.dtype.itemsize  # sums of gradients, and those of one block
+
         check_fits(
-            (1 + in_blocks) * held * p * vector.dtype.itemsize,  # the sum of gradients, and those of one block
+            bytes_of(held),
             f"pushing {held} probes at once through {p:,} {vector.dtype} parameters",
             "Pass a smaller probe_batch_size.",
+            count=held,
+            bytes_of=bytes_of,
+            unit="probes",
         )
     return _product(operator, vector)
 

@@ -35,28 +35,27 @@ class Pinned:
 
     Attributes:
       function: the user's function.
-      out: shape and dtype of what it returns, one entry for each set of arguments it was traced with.
       is_traced: it closes over values of a trace under way. It is then equal to nothing but itself.
     """
 
-    def __init__(self, function: Callable, arguments: tuple, of: Hashable, derived: Callable | None, is_held: bool):
-        self.function = function
-        self._arguments = arguments
-        self._derived = derived
-        self._is_held = is_held
-        self._key, self.out, self.is_traced = _fingerprint(function, arguments, derived)
-        self._of = function if of is None else of
-        self._hash = hash((self._of, self._key))
+    def __init__(self, function: Callable, trace: Callable[[], tuple], of: Hashable):
+        self.function = self.__wrapped__ = function
+        self.__name__ = _name(function)
+        self._trace = trace
+        self._is_held = False
+        self._key, self.is_traced = trace()
+        self._of = of
+        self._hash = hash((of, self._key))
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function; one that is kept is called when a new program is traced, and must be what it was."""
         if self._is_held and not self.is_traced and not self._is_unchanged():
             raise RuntimeError(
-                f"{_name(self.function)} has changed since it was handed over: what it closes over (a flag, statistics, "
-                "an attribute, an array) is not what it was, and a program that is needed now has not been compiled "
+                f"{self.__name__} has changed since it was handed over: what it closes over (a flag, statistics, an "
+                "attribute, an array) is not what it was, and a program that is needed now has not been compiled "
                 "before. Make the operator, flow or recording anew."
             )
-        return self.function(*args)
+        return self.function(*args, **kwargs)
 
     def held(self) -> Pinned:
         """For objects that outlive the call: the same function, which refuses to be traced once it has changed."""
@@ -67,9 +66,9 @@ class Pinned:
         return kept
 
     def _is_unchanged(self) -> bool:
-        now = _fingerprint(self.function, self._arguments, self._derived)[0]
+        now = self._trace()[0]
         # A function that never traces to the same program twice, a new callback each time, cannot be compared.
-        return now == self._key or now != _fingerprint(self.function, self._arguments, self._derived)[0]
+        return now == self._key or now != self._trace()[0]
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -104,6 +103,7 @@ def pin(
     function: Callable,
     *arguments: tuple,
     of: Hashable = None,
+    by: Callable[[Callable], Callable] = lambda function: function,
     derived: Callable[[Callable], Callable] | None = pullback,
 ) -> Pinned:
     """The function as it is now.
@@ -112,7 +112,8 @@ def pin(
       function: hashable, pure apart from what it reads when it is traced. A program inside of it that `jax.jit` has
         compiled is JAX's to keep: JAX itself compares that one by identity.
       *arguments: sets of arguments, arrays or their shapes and dtypes, to trace it with.
-      of: what stands for the function in comparisons, where it is a new closure each time.
+      of: what stands for the function in comparisons; itself where none is given.
+      by: from the function to the one that takes these arguments, by position.
       derived: its derivative, traced only where the function has custom rules that are not JAX's own; None for a
         function that is not differentiated.
 
@@ -134,7 +135,8 @@ def pin(
     """
     if isinstance(function, Pinned):
         return function
-    return Pinned(function, jax.tree.map(spec_of, arguments), of, derived, False)
+    specs = jax.tree.map(spec_of, arguments)
+    return Pinned(function, lambda: _fingerprint(by(function), specs, derived), function if of is None else of)
 
 
 def spec_of(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -171,22 +173,20 @@ def _is_traced(leaf: Any) -> bool:
 # ------------------------------------------------------------------------------------------------------- fingerprints
 
 
-def _fingerprint(function: Callable, arguments: tuple, derived: Callable | None) -> tuple[tuple, tuple, bool]:
-    """What a function traces to, as a hashable value; the shapes it returns; whether it closes over traced values."""
-    walk, keys, out = _Walk(), [], []
+def _fingerprint(function: Callable, arguments: tuple, derived: Callable | None) -> tuple[tuple, bool]:
+    """What a function traces to, as a hashable value; whether it closes over traced values."""
+    walk, keys = _Walk(), []
     with jax.default_matmul_precision("highest"):  # whatever the caller's is: it is no part of the function
         for args in arguments:
             # A new function each time: JAX keeps what it has traced by the identity of the function.
-            closed, shape = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
-            keys.append(walk.closed(closed))
-            out.append(shape)
+            keys.append(walk.closed(jax.make_jaxpr(lambda *args: function(*args))(*args)))
         if walk.has_custom_rules and derived is not None:
             try:
                 for args in arguments:
                     keys.append(walk.closed(jax.make_jaxpr(derived(lambda *args: function(*args)))(*args)))
             except Exception:  # of whatever kind: it cannot be differentiated, and what needs the derivative says so
                 keys.append(_Same(object()))
-    return tuple(keys), tuple(out), walk.is_traced
+    return tuple(keys), walk.is_traced
 
 
 def fingerprint(closed: Any) -> tuple:

@@ -178,6 +178,9 @@ def _check_share(strategy: Any, params: PyTree, spec1: OutputSpec, spec2: Output
         rows * columns * max(spec1.dtype.itemsize, 4) * sharing,
         f"a device's {rows} of the {spec1.num_examples * spec1.num_outputs} x {columns} kernel in {spec1.dtype}",
         "Use more devices, take K in blocks with NtkBlocks, or use NtkOperator, which never forms it.",
+        count=share.num_examples,
+        bytes_of=lambda n: n * spec1.num_outputs * columns * max(spec1.dtype.itemsize, 4) * sharing,
+        unit="rows' examples of a device",
     )
 
 

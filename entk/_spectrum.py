@@ -98,6 +98,9 @@ def top_eigenpairs(
         (width + 3 * block_size) * size * dtype.itemsize,
         f"holding {width + 3 * block_size} Krylov vectors of {size:,} {dtype} numbers",
         "Lower block_size or num_steps.",
+        count=num_steps,
+        bytes_of=lambda steps: (steps + 3) * block_size * size * dtype.itemsize,
+        unit="num_steps",
     )
     return _block_lanczos(matvec_of(operator), key, size, dtype, rank, block_size, num_steps)
 
@@ -263,6 +266,9 @@ def spectral_density(
             held * num_steps * size * dtype.itemsize,
             f"holding {held} x {num_steps} Lanczos vectors of {size:,} {dtype} numbers",
             "Pass a smaller probe_batch_size, or lower num_steps.",
+            count=held,
+            bytes_of=lambda probes: probes * num_steps * size * dtype.itemsize,
+            unit="probes at once",
         )
         nodes, weights = _quadrature(matvec_of(operator), key, size, dtype, num_steps, num_probes, held)
     return SpectralDensity(nodes, weights, size)

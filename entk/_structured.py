@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from entk._checks import ApplyFn, OutputSpec, PyTree, check_fits
@@ -71,6 +72,7 @@ class Structured:
 
     Example:
       >>> import jax.numpy as jnp
+import numpy as np
       >>> from entk import PositionPairs, Structured, empirical_ntk
       >>> frugal = Structured(workspace_bytes=2**20, contractions=(PositionPairs(),))
       >>> empirical_ntk(lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), strategy=frugal)
@@ -91,10 +93,18 @@ class Structured:
     def check(self, params: PyTree, spec1: OutputSpec, spec2: OutputSpec, symmetric: bool) -> None:
         """Refuses a kernel that would not fit; its workspace is checked when its blocks are laid out."""
         rows, columns = (spec.num_examples * spec.num_outputs for spec in (spec1, spec2))
+
+        def bytes_of(n):
+            return n * spec1.num_outputs * (n * spec1.num_outputs if symmetric else columns) * itemsize
+
+        itemsize = max(spec1.dtype.itemsize, 4)
         check_fits(
-            rows * columns * max(spec1.dtype.itemsize, 4),
-            f"the {rows} x {columns} kernel in {spec1.dtype}",
+            rows * columns * itemsize,
+            f"the {rows} x {columns} kernel in {np.dtype(f'f{itemsize}')}",
             "Take it in blocks with NtkBlocks, or use NtkOperator, which never forms it.",
+            count=spec1.num_examples,
+            bytes_of=bytes_of,
+            unit="examples" if symmetric else "examples of x1",
         )
 
     def choose(self, model: FactoredModel, n1: int, n2: int) -> list[Choice]:

@@ -21,6 +21,7 @@ from gramian._integrator import FlowState, Integrator
 from gramian._losses import OutputLoss
 from gramian._observables import Observable
 from gramian._operators import Operators
+from gramian._pinning import pinned_problem
 from gramian._progress import Progress
 from gramian._source import KernelSource
 from gramian._steppers import ExponentialMidpoint, Stepper
@@ -158,6 +159,7 @@ def gradient_flow(
     if max_num_steps < 1:
         raise ValueError(f"max_num_steps={max_num_steps} must be at least 1.")
     check_problem(source, loss, params)
+    source, loss = pinned_problem(source, loss, params)
     params = jax.tree.map(jnp.asarray, params)
     integrator = Integrator(source, loss, stepper, controller, dict(observables or {}))
     state = integrator.init(params, t0)

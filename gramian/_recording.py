@@ -22,6 +22,7 @@ from entk._checks import check_count
 from gramian._frozen_update import ExtraArgs
 from gramian._leaves import pack, unpack
 from gramian._losses import OutputLoss
+from gramian._pinning import pinned_run
 from gramian._training_steps import TrainState, check_training, train
 
 PyTree = Any
@@ -213,9 +214,12 @@ class Recording:
         check_training(self.apply_fn, self.params, self.x_s, self.loss)
         if not self.num_steps:
             raise ValueError(f"{self.directory} holds no recorded step; record the run with record_training.")
-        start = next(self.segments()).start
-        object.__setattr__(self, "start", start)
-        object.__setattr__(self, "params", start.params)
+        first = next(self.segments())
+        object.__setattr__(self, "start", first.start)
+        object.__setattr__(self, "params", first.start.params)
+        static = self.apply_fn, self.params, self.x_s, self.loss, self.optimizer, self.extra_args, first.batches[0]
+        for name, one in zip(("apply_fn", "loss", "optimizer", "extra_args"), pinned_run(*static), strict=True):
+            object.__setattr__(self, name, one)
 
     @property
     def num_steps(self) -> int:
@@ -317,6 +321,8 @@ def record_training(
             f"batches holds indices from {batches.min()} to {batches.max()}, but x_s has {num_examples} examples."
         )
     params = jax.tree.map(jnp.asarray, params)
+    static = apply_fn, params, x_s, loss, optimizer, extra_args, batches[0]
+    apply_fn, loss, optimizer, extra_args = pinned_run(*static)
     weights, opt_state, step = recorder.start(params, optimizer.init(params))
     if step > len(batches):
         raise ValueError(f"{recorder.directory} holds {step} steps already, batches only {len(batches)}.")

@@ -16,6 +16,7 @@ from gramian._flow import Flow, attainable
 from gramian._frozen import matmul
 from gramian._losses import OutputLoss, block_product
 from gramian._operators import Operators, init_operators
+from gramian._pinning import pinned_problem
 from gramian._source import KernelSource
 
 PyTree = Any
@@ -91,6 +92,7 @@ def reference_flow(
     if max_steps < 1:
         raise ValueError(f"max_steps={max_steps} must be at least 1.")
     check_problem(source, loss, params, operators=operators)
+    source, loss = pinned_problem(source, loss, params)
     params = jax.tree.map(jnp.asarray, params)
     dtype = jax.tree.leaves(params)[0].dtype
     resolution = float(jnp.finfo(dtype).eps)
