@@ -81,7 +81,7 @@ class NtkBlocks(Sequence):
         self._places = [(i, j) for i in starts1 for j in starts2 if x2 is not None or j <= i]
         self._block_size = block_size
         self.shape = spec1.num_examples * spec1.num_outputs, spec2.num_examples * spec2.num_outputs
-        self.dtype = jnp.promote_types(spec1.dtype, jnp.float32)
+        self.dtype = np.promote_types(spec1.dtype, jnp.float32)
 
     def __len__(self) -> int:
         return len(self._places)

@@ -23,9 +23,6 @@ PyTree = Any
 ApplyFn = Callable[[PyTree, PyTree], Any]  # one array; libraries type theirs loosely, so check_apply verifies it
 
 
-SMALL_BYTES = 2**24
-
-_FITTED: dict[Hashable, Any] = {}  # small allocations that fitted
 _ARGUMENTS: dict[Hashable, Any] = {}  # kinds of params and x that have passed
 
 
@@ -251,11 +248,8 @@ def check_fits(
       remedy: sentences that name the ways out.
       count, bytes_of, unit: of what there could be less, and what so many take: the message says how many would fit.
 
-    Cost: files of the operating system are read; for up to 16 MiB once for the same allocation.
+    Cost: reading some files of the operating system, about 0.1 ms.
     """
-    small = (what, num_bytes) if num_bytes <= SMALL_BYTES else None
-    if small is not None and small in _FITTED:
-        return
     available = available_bytes()
     if num_bytes > available:
         fitting = ""
@@ -266,5 +260,3 @@ def check_fits(
             f"{what} takes {num_bytes / 2**30:,.1f} GiB and {available / 2**30:,.1f} GiB are available.{fitting} "
             f"{remedy}"
         )
-    if small is not None:
-        remember(small, among=_FITTED)

@@ -80,7 +80,7 @@ def centered_kernel_alignment(k: Kernel, k0: Kernel) -> Float[Array, ""]:
 
 
 def _center(k):
-    return k - k.mean(0) - k.mean(1, keepdims=True) + k.mean()
+    return k - k.mean(0, keepdims=True) - k.mean(1, keepdims=True) + k.mean()
 
 
 def principal_angles(k: Kernel, k0: Kernel, rank: int) -> Float[Array, " r"]:

@@ -11,7 +11,7 @@ from jax import Array
 
 from entk._checks import ApplyFn, OutputSpec, PyTree, check_fits, check_microbatch_size, num_params
 from entk._contractions import product
-from entk._jacobian import PRECISION, example_jacobian, map_examples
+from entk._jacobian import PRECISION, example_jacobian, free_promotion, map_examples
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class FullJacobian:
 
     def kernel(self, apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None) -> Array:
         """K of shape (n₁·c, n₂·c); the arguments have been checked."""
-        return _kernel(apply_fn, params, x1, x2, self.microbatch_size)
+        with free_promotion():
+            return _kernel(apply_fn, params, x1, x2, self.microbatch_size)
 
 
 @partial(jax.jit, static_argnums=(0, 4))

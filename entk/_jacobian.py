@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -34,6 +36,16 @@ def model_precision():
     """
     of_caller = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     return jax.default_matmul_precision(of_caller or "highest")
+
+
+@contextlib.contextmanager
+def free_promotion() -> Iterator[None]:
+    """Code of this package and of matfree broadcasts and promotes freely, whatever the caller asks of their own.
+
+    The model has been traced under the caller's settings before, by `entk._pinned`.
+    """
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def jacobian(
@@ -94,7 +106,8 @@ def jacobian(
         count=n,
         bytes_of=bytes_of,
     )
-    return _jacobian(apply_fn, params, x, microbatch_size)
+    with free_promotion():
+        return _jacobian(apply_fn, params, x, microbatch_size)
 
 
 @partial(jax.jit, static_argnums=(0, 3))

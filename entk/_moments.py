@@ -15,6 +15,7 @@ from entk._checks import PyTree, check_microbatch_size, check_params, num_exampl
 from entk._contractions import JacobianBlocks
 from entk._factors import FactoredModel, Part
 from entk._independence import check_independent, kind, one_row, passed, remember
+from entk._jacobian import free_promotion
 from entk._misuse import check_function
 from entk._params import differentiable
 from entk._pinned import Pinned, pin
@@ -91,7 +92,8 @@ sample_size=2)
     check_params(params)
     n = num_examples(batch, "batch")
     loss_fn = _pin_loss(loss_fn, params, batch, n)
-    mean, spread = _moments(loss_fn, params, batch, microbatch_size)
+    with free_promotion():
+        mean, spread = _moments(loss_fn, params, batch, microbatch_size)
     _, rebuild = differentiable(jax.tree.map(_float0, params))
     return GradientMoments(rebuild(mean), rebuild(spread), n)
 

@@ -19,7 +19,7 @@ from entk._checks import (
     num_params,
     pin_model,
 )
-from entk._jacobian import map_examples, model_precision, sum_blocks
+from entk._jacobian import free_promotion, map_examples, model_precision, sum_blocks
 from entk._ntk import empirical_ntk
 from entk._params import differentiable
 
@@ -122,7 +122,8 @@ class NtkOperator:
             return form(self.apply_fn, self.params)
         # The compiled function below checks memory when it is traced; this checks it at every call.
         jax.eval_shape(lambda params: form(self.apply_fn, params), self.params)
-        return _preconditioned_matrix(self)
+        with free_promotion():
+            return _preconditioned_matrix(self)
 
     def tree_flatten(self):
         data = (self.params, self.x1, self.x2, self.preconditioner)
@@ -253,7 +254,8 @@ def _multiply(operator: NtkOperator, vector: Float[Array | np.ndarray, "n2c ..."
             bytes_of=bytes_of,
             unit="probes",
         )
-    return _product(operator, vector)
+    with free_promotion():
+        return _product(operator, vector)
 
 
 @jax.jit

@@ -25,7 +25,16 @@ PyTree = Any
 
 COMPARED_BYTES = 2**26  # of two arrays that are not one object; larger ones count as different
 # Of where a trace is made and where its arrays are to be, which no value depends on; `policy` is what remat keeps.
-PLACES = {"ctx_mesh", "sharding", "out_sharding", "in_shardings", "out_shardings", "in_layouts", "out_layouts", "policy"}
+PLACES = {
+    "ctx_mesh",
+    "sharding",
+    "out_sharding",
+    "in_shardings",
+    "out_shardings",
+    "in_layouts",
+    "out_layouts",
+    "policy",
+}
 PLAIN = (bool, int, str, tuple, type(None))  # what a primitive with custom rules has beside its rules and its jaxpr
 JAX_FOLDER = os.path.dirname(jax.__file__)
 

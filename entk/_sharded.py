@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from entk._checks import ApplyFn, OutputSpec, PyTree, check_apply_pair, check_fits, pin_model
-from entk._jacobian import map_examples
+from entk._jacobian import free_promotion, map_examples
 from entk._structured import Structured, contract, matched, prepare_example
 
 if TYPE_CHECKING:
@@ -146,7 +146,8 @@ def sharded_ntk(
     params, x1 = place.replicate(params), place.shard(x1)
     if x2 is not None:
         x2 = place.shard(x2) if in_ring else place.replicate(x2)
-    return _kernel(strategy, apply_fn, place, in_ring, params, x1, x2)
+    with free_promotion():
+        return _kernel(strategy, apply_fn, place, in_ring, params, x1, x2)
 
 
 def _check_axes(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...]) -> tuple[str, ...]:

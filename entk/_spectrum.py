@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from matfree import decomp
 
 from entk._checks import check_count, check_fits
-from entk._jacobian import PRECISION, map_examples, model_precision
+from entk._jacobian import PRECISION, free_promotion, map_examples, model_precision
 from entk._matvec import LinearOperator, check_key, check_operator, matvec_of, product
 from entk._trace import Estimate, estimate_mean
 
@@ -29,6 +29,7 @@ class Eigenpairs(NamedTuple):
     residuals: Float[Array, " rank"]
 
 
+@free_promotion()
 def top_eigenpairs(
     operator: LinearOperator,
     rank: int,
@@ -164,6 +165,7 @@ class SpectralDensity(NamedTuple):
     weights: Float[Array, "num_probes num_steps"]
     size: int
 
+    @free_promotion()
     def trace_of(self, function: Callable[[Array], Array] = lambda eigenvalues: eigenvalues) -> Estimate:
         """tr f(K) = Σ_i f(λ_i) with its standard error, f applied elementwise; f(λ) = λ where none is given.
 
@@ -176,6 +178,7 @@ class SpectralDensity(NamedTuple):
         """
         return estimate_mean(self.size * jnp.sum(self.weights * function(self.nodes), axis=1))
 
+    @free_promotion()
     def density(self, grid: Float[Array | np.ndarray, " g"], width: float) -> Float[Array, " g"]:
         """The density of eigenvalues on a grid, (g,), smoothed by Gaussians of this width; its integral is 1.
 
@@ -192,6 +195,7 @@ class SpectralDensity(NamedTuple):
         peaks = jnp.exp(-(distance**2) / 2) / (width * jnp.sqrt(2 * jnp.pi).astype(distance.dtype))
         return jnp.matmul(peaks, self.weights.ravel(), precision=PRECISION) / len(self.nodes)
 
+    @free_promotion()
     def effective_rank(self) -> Estimate:
         """tr(K)² / tr(K²) with its standard error by the delta method (theory §2).
 
@@ -208,6 +212,7 @@ class SpectralDensity(NamedTuple):
         return Estimate(value, estimate_mean(slope).standard_error)
 
 
+@free_promotion()
 def spectral_density(
     operator: LinearOperator,
     *,
