@@ -255,7 +255,11 @@ def check_fits(
         fitting = ""
         if bytes_of is not None:
             most = bisect.bisect_right(range(1, count), available, key=bytes_of)
-            fitting = f" {most:,} of the {count:,} {unit} would fit." if most else f" Not even one of {unit} would fit."
+            fitting = (
+                f" {most:,} of the {count:,} {unit} would fit."
+                if most
+                else f" Not one of the {count:,} {unit} would fit."
+            )
         raise MemoryError(
             f"{what} takes {num_bytes / 2**30:,.1f} GiB and {available / 2**30:,.1f} GiB are available.{fitting} "
             f"{remedy}"

@@ -6,11 +6,10 @@ No library is imported to recognise its objects: a type says which module it com
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import numbers
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,18 +100,19 @@ def explain_call(function: Callable, params: PyTree, x: PyTree, name: str, error
             f"params and {name} seem to be exchanged: apply_fn works on ({name}, params) and not on (params, {name}). "
             f"Write (apply_fn, params, {name})."
         ) from error
-    if type(x) in (list, tuple) and len({jnp.shape(row) for row in x if hasattr(row, "dtype")}) == 1:
-        with contextlib.suppress(Exception):
-            stacked = jax.ShapeDtypeStruct((len(x), *jnp.shape(x[0])), jnp.result_type(x[0]))
-            if _works(function, params, stacked):
-                raise_exchanged_list(x, name, error)
-
-
-def raise_exchanged_list(x: PyTree, name: str, error: Exception) -> NoReturn:
-    raise TypeError(
-        f"{name} is a {type(x).__name__} of {len(x)} arrays, which is a pytree of {len(x)} inputs and not a batch of "
-        f"{len(x)} examples: pass jnp.stack({name})."
-    ) from error
+    if type(error).__name__ == "TraceContextError" and _comes_from(type(error), "flax"):
+        raise ValueError(
+            "apply_fn writes into a model that it closes over (batch statistics, counts of random keys), but must be "
+            "pure: choose the evaluation mode by model.eval() before flax.nnx.split(model, flax.nnx.Param, ...), or "
+            f"merge a copy, flax.nnx.merge(graphdef, params, rest, copy=True) ({first_line(error)})."
+        ) from error
+    if type(x) in (list, tuple) and len({jnp.shape(row) for row in x}) == 1 and hasattr(x[0], "dtype"):
+        stacked = jax.ShapeDtypeStruct((len(x), *x[0].shape), x[0].dtype)
+        if _works(function, params, stacked):
+            raise TypeError(
+                f"{name} is a {type(x).__name__} of {len(x)} arrays, which is a pytree of {len(x)} inputs and not a "
+                f"batch of {len(x)} examples: pass jnp.stack({name})."
+            ) from error
 
 
 def _works(function: Callable, params: PyTree, x: PyTree) -> bool:
@@ -165,5 +165,5 @@ def _full_name(kind: type) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 200 else f"{text[:200]}..."

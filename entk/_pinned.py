@@ -118,8 +118,8 @@ def pin(
     """The function as it is now.
 
     Args:
-      function: hashable, pure apart from what it reads when it is traced. A program inside of it that `jax.jit` has
-        compiled is JAX's to keep: JAX itself compares that one by identity.
+      function: hashable, pure apart from what it reads when it is traced. What JAX itself keeps by the identity of a
+        function inside of it stays as JAX has it: programs of `jax.jit`, bodies of loops defined outside.
       *arguments: sets of arguments, arrays or their shapes and dtypes, to trace it with.
       of: what stands for the function in comparisons; itself where none is given.
       by: from the function to the one that takes these arguments, by position.
