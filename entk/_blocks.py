@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from entk._checks import ApplyFn, PyTree, check_apply_pair, check_count
+from entk._checks import ApplyFn, PyTree, check_apply_pair, check_count, pin_model
 from entk._structured import Structured
 
 
@@ -70,6 +70,7 @@ class NtkBlocks(Sequence):
         strategy: Any = None,
     ):
         block_size = check_count("block_size", block_size)
+        apply_fn = pin_model(apply_fn, params, x1, x2).held()
         spec1, spec2 = check_apply_pair(apply_fn, params, x1, x2)
         self._arguments = apply_fn, params, x1, x2
         self._strategy = strategy or Structured()
@@ -80,7 +81,7 @@ class NtkBlocks(Sequence):
         self._places = [(i, j) for i in starts1 for j in starts2 if x2 is not None or j <= i]
         self._block_size = block_size
         self.shape = spec1.num_examples * spec1.num_outputs, spec2.num_examples * spec2.num_outputs
-        self.dtype = jnp.promote_types(spec1.dtype, jnp.float32)
+        self.dtype = np.promote_types(spec1.dtype, jnp.float32)
 
     def __len__(self) -> int:
         return len(self._places)

@@ -87,7 +87,7 @@ def _scaled(k):
 def _centered(k):
     """HKH / ‖HKH‖_F; nan where it is nothing but the rounding of what was taken away."""
     k = _scaled(k)
-    centered = k - k.mean(0) - k.mean(1, keepdims=True) + k.mean()
+    centered = k - k.mean(0, keepdims=True) - k.mean(1, keepdims=True) + k.mean()
     norm = jnp.linalg.norm(centered)
     return centered / jnp.where(norm > len(k) * jnp.finfo(centered.dtype).eps * jnp.linalg.norm(k), norm, jnp.nan)
 

@@ -11,7 +11,7 @@ from jax import Array
 
 from entk._checks import ApplyFn, OutputSpec, PyTree, check_fits, check_microbatch_size, num_params
 from entk._contractions import product
-from entk._jacobian import PRECISION, example_jacobian, map_examples
+from entk._jacobian import PRECISION, example_jacobian, free_promotion, map_examples
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,31 @@ class FullJacobian:
     def check(self, params: PyTree, spec1: OutputSpec, spec2: OutputSpec, symmetric: bool) -> None:
         """Refuses what would not fit."""
         c, p, n1, n2 = spec1.num_outputs, num_params(params), spec1.num_examples, spec2.num_examples
-        b1, b2 = min(self.microbatch_size or n1, n1), min(self.microbatch_size or n2, n2)
-        held = n1 if symmetric and b1 == n1 else b1 + b2
-        entries = held * c * p + 2 * n1 * n2 * c**2  # the kernel twice: once as blocks, or once as the sum so far
+
+        def rows_of(n1, n2):
+            b1, b2 = min(self.microbatch_size or n1, n1), min(self.microbatch_size or n2, n2)
+            return n1 if symmetric and b1 == n1 else b1 + b2
+
+        def bytes_of(n1):
+            m = n1 if symmetric else n2
+            # The kernel twice: once as blocks, or once as the sum so far.
+            return (rows_of(n1, m) * c * p + 2 * n1 * m * c**2) * spec1.dtype.itemsize
+
+        held = rows_of(n1, n2)
         check_fits(
-            entries * spec1.dtype.itemsize,
+            bytes_of(n1),
             f"holding {held} x {c} x {p:,} Jacobian rows and two copies of the {n1 * c} x {n2 * c} kernel in "
             f"{spec1.dtype}",
             "Pass a smaller microbatch_size, or use ntk_vector_product, which forms neither.",
+            count=n1,
+            bytes_of=bytes_of,
+            unit="examples" if symmetric else "examples of x1",
         )
 
     def kernel(self, apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None) -> Array:
         """K of shape (n₁·c, n₂·c); the arguments have been checked."""
-        return _kernel(apply_fn, params, x1, x2, self.microbatch_size)
+        with free_promotion():
+            return _kernel(apply_fn, params, x1, x2, self.microbatch_size)
 
 
 @partial(jax.jit, static_argnums=(0, 4))

@@ -1,121 +1,286 @@
 """Examples must not see each other: a model that mixes them has no per-example Jacobian.
 
-Batch normalisation in training mode has outputs of the right shape and still mixes, so the model is run, on batches of
-two examples that share one and differ in the other. It is the same program every time: the outputs of an example that
-sees nothing of the other are equal to the last bit, and no tolerance has to be chosen.
+Batch normalisation in training mode has outputs of the right shape and still mixes, so the model is run. Two checks:
+
+Once, one example of the batch is exchanged for another one. It is the same program, so the outputs of the others are
+equal to the last bit where they see nothing of it, and no tolerance has to be chosen.
+
+At every call, the outputs of the batch are compared with those of each example alone, which are what kernels
+differentiate. This finds what depends on the place in the batch as well, such as dropout with one key for all of it.
+Rounding differs between the two: the tolerance is the root of the dtype's resolution and, for outputs that lose more to
+cancellation, what moving every input by one rounding does to them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+
+from entk._params import differentiable
+from entk._pinned import Pinned, is_at_hand, pin
 
 PyTree = Any
 
 SHIFT = 2.0**-10  # of every parameter, in its own unit
 NUM_CANDIDATES = 8  # examples looked at for one that differs from the first
+WHOLE_BYTES = 2**28  # of intermediate results of the whole batch; of a larger one the first rows are compared
+NUM_ROUNDINGS = 8  # draws of the inputs, each moved by one rounding
+NOWHERE = 2**31 - 1  # a row that no batch has
 MAX_PASSED = 128
 
-_PASSED: dict[Hashable, None] = {}  # models whose examples are independent, the one longest known first
+_PASSED: dict[Hashable, Any] = {}  # models that have passed what is checked once, the one longest known first
 
 
-def check_independent(apply_fn: Callable[[PyTree, PyTree], Any], params: PyTree, x: PyTree, name: str) -> None:
-    """Raises ValueError where the outputs of an example change with the other example of its batch.
+def check_independent(
+    apply_fn: Callable[[PyTree, PyTree], Any], params: PyTree, x: PyTree, name: str, *, is_mean: bool = False
+) -> None:
+    """Raises ValueError where the outputs of an example change with the others of its batch, or with its place there.
 
     This needs values: nothing is checked while `params`, `x` or what apply_fn closes over is traced, on arrays of other
-    processes, or where no two different examples can be had (one example of integers).
+    processes or with explicit shardings. Of a batch whose intermediate results exceed about 256 MiB the first rows are
+    compared, as a batch of their own; one example of integers, of which no other one can be made up, is not.
 
-    Cost: one compilation and eight runs on two examples, once for every apply_fn and kind of `params` and `x`.
+    Args:
+      apply_fn: function of `params` and a batch, its outputs one row an example.
+      name: of x in messages.
+      is_mean: apply_fn returns a scalar, which must be the mean over examples.
+
+    Cost: the outputs of the batch and of every example alone. Once for every function, closure and kind of arguments:
+    one compilation, and a few runs more.
     """
-    model = (apply_fn, _kind(params, 0), _kind(x, 1))
-    if model in _PASSED or not all(is_at_hand(leaf) for leaf in jax.tree.leaves((params, x))):
+    if isinstance(apply_fn, Pinned) and apply_fn.is_traced:
         return
-    change = _largest_change(apply_fn, params, x)
-    if change is None:
+    if not all(map(_may_be_run, jax.tree.leaves((params, x)))) or not is_at_hand(_control()):
         return
-    if change > 0:
-        raise ValueError(
-            f"apply_fn's output for one example of {name} changes when another example of the batch changes, by "
-            f"{change:.2g}: it must treat examples independently. For batch statistics choose the evaluation mode: "
-            "model.eval() before flax.nnx.split, use_running_average=True in flax.linen. For anything else apply the "
-            "model to one example at a time, by jax.vmap inside apply_fn."
-        )
-    _remember(model)
+    apply_fn = pin(apply_fn, (params, one_row(x)))
+    one_kind, whole = (apply_fn, kind(params), kind(x, 1)), (apply_fn, kind(params), kind(x))
+    if not is_mean and one_kind not in _PASSED:
+        change = _largest_change(apply_fn, params, x)
+        if change is not None and change > 0:
+            raise ValueError(
+                f"apply_fn's output for one example of {name} changes when another example of the batch changes, by "
+                f"{change:.2g}: it must treat examples independently. For batch statistics choose the evaluation mode: "
+                "model.eval() before flax.nnx.split, use_running_average=True in flax.linen. For anything else apply "
+                "the model to one example at a time, by jax.vmap inside apply_fn."
+            )
+        if change is not None:
+            remember(one_kind)
+    size = _PASSED.get(whole)
+    for is_shifted in (False, True) if size is None else (False,):
+        size = size or _num_compared(apply_fn, params, x)
+        _check_rows(apply_fn, params, x, size, is_shifted, name, is_mean)
+    remember(whole, size)
 
 
-def _remember(model: Hashable) -> None:
+def remember(key: Hashable, value: Any = True, among: dict[Hashable, Any] = _PASSED) -> None:
     """Keeps few models, as they may be large, and no refusals: what apply_fn closes over may be put right."""
-    while len(_PASSED) >= MAX_PASSED:
-        _PASSED.pop(next(iter(_PASSED)), None)
-    _PASSED[model] = None
+    while len(among) >= MAX_PASSED:
+        among.pop(next(iter(among)), None)
+    among[key] = value
 
 
-def _kind(tree: PyTree, axis: int) -> tuple:
+def passed(key: Hashable) -> Any:
+    """What was remembered of a model, or None."""
+    return _PASSED.get(key)
+
+
+def kind(tree: PyTree, axis: int = 0) -> tuple:
     """Structure, dtypes, and shapes from `axis` on."""
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple((jnp.shape(leaf)[axis:], jnp.result_type(leaf)) for leaf in leaves)
+    return treedef, tuple(
+        (leaf.shape[axis:], leaf.dtype) if hasattr(leaf, "dtype") else (type(leaf), jnp.result_type(leaf))
+        for leaf in leaves
+    )
 
 
-def is_at_hand(leaf: Any) -> bool:
-    """Whether this process can read the values now."""
-    if not isinstance(leaf, jax.Array):
-        return not isinstance(leaf, jax.ShapeDtypeStruct)
-    try:
-        return leaf.is_fully_addressable
-    except jax.errors.ConcretizationTypeError:  # traced
+def one_row(x: PyTree) -> PyTree:
+    """Shapes and dtypes of a batch of one example."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *jnp.shape(leaf)[1:]), jnp.result_type(leaf)), x)
+
+
+def _may_be_run(leaf: Any) -> bool:
+    """Values at hand, and not on a mesh of explicit axes, on which a model of one example need not be defined."""
+    if not is_at_hand(leaf):
         return False
+    sharding = getattr(leaf, "sharding", None)
+    return not (isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types)
+
+
+def _control(is_shifted: bool = False, place: int = NOWHERE, source: int = 0) -> jax.Array:
+    """What distinguishes one run from another, on the device."""
+    return jax.device_put(np.array([is_shifted, place, source], np.int32))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _together_and_alone(apply_fn, size, params, x, control):
+    """Outputs of the first `size` examples as one batch, and of each as a batch of one; rows, flattened.
+
+    With `control` = (is_shifted, place, source): at shifted parameters, and with example `source` in `place`.
+    """
+    from entk._jacobian import model_precision  # which imports the checks
+
+    is_shifted, place, source = control
+    params = jax.tree.map(lambda leaf: leaf if _is_key(leaf) else jnp.asarray(leaf), params)
+    params = jax.lax.cond(is_shifted, _shifted, lambda params: params, params)
+    x = jax.tree.map(lambda leaf: jnp.asarray(leaf[:size]).at[place].set(leaf[source], mode="drop"), x)
+
+    def one(x_i):
+        return jnp.ravel(apply_fn(params, jax.tree.map(lambda leaf: leaf[None], x_i)))
+
+    with model_precision():
+        together = apply_fn(params, x)
+        try:
+            alone = jax.vmap(one)(x)
+        except NotImplementedError:  # a primitive that cannot be batched
+            alone = jax.lax.map(one, x)
+    return together.reshape(size if together.ndim else 1, -1), alone
+
+
+def _outputs(apply_fn: Pinned, size: int, params: PyTree, x: PyTree, *control: Any) -> tuple[np.ndarray, np.ndarray]:
+    with jax.debug_nans(False), jax.debug_infs(False):
+        together, alone = jax.device_get(_together_and_alone(apply_fn, size, params, x, _control(*control)))
+    wide = np.promote_types(together.dtype, np.float32)
+    return together.astype(wide), alone.astype(wide)
+
+
+# ---------------------------------------------------------------------------------------------------- the whole batch
+
+
+def _check_rows(
+    apply_fn: Pinned, params: PyTree, x: PyTree, size: int, is_shifted: bool, name: str, is_mean: bool
+) -> None:
+    """Refuses rows that are not what each example gives alone."""
+    if size < 2:
+        return
+
+    def outputs(params, x):
+        together, alone = _outputs(apply_fn, size, params, x, is_shifted)
+        return together, alone.mean(0, keepdims=True) if is_mean else alone
+
+    together, alone = outputs(params, x)
+    if (together == alone).all():
+        return
+    away = _away(together, alone)
+    eps = float(jnp.finfo(_dtype(params)).eps)
+    with np.errstate(invalid="ignore"):
+        sizes = np.maximum(np.abs(together), np.abs(alone))
+        scale = np.where(np.isfinite(sizes), sizes, 0).max(0)
+    allowed = max(eps**0.5, size * eps if is_mean else 0) * scale
+    if (away <= allowed).all():
+        return
+    moved = [_away(outputs(*_rounded((params, x), seed))[1], alone) for seed in range(NUM_ROUNDINGS)]
+    allowed = np.maximum(allowed, 8 * np.max(moved, (0, 1)))
+    if (away <= allowed).all():
+        return
+    row, output = np.unravel_index(np.argmax(np.where(away > allowed, away, -1)), away.shape)
+    found = f"{together[row, output]:.6g}", f"{alone[row, output]:.6g}"
+    where = f" at parameters moved by {SHIFT:.1g}" if is_shifted else ""
+    if is_mean:
+        raise ValueError(
+            f"loss_fn gives {found[0]} on {size} examples together and {found[1]} on average on each of them alone"
+            f"{where} (rounding explains {allowed[output]:.2g}): a scalar loss must be the mean over examples that do "
+            "not see each other. No sum; no mean over tokens of all sequences together, which weighs examples by what "
+            "else is in the batch; no batch statistics. Return one loss an example, (n,), weighted as it should count."
+        )
+    raise ValueError(
+        f"output {output} of example {row} of {name} is {found[0]} in a batch of {size} and {found[1]} alone{where} "
+        f"(rounding explains {allowed[output]:.2g}): it must treat examples independently, wherever they are in the "
+        "batch. Dropout and other noise with one key for the batch: choose the evaluation mode (deterministic=True, "
+        "model.eval(), inference mode), or make the keys a leaf of x, one an example. Anything else that depends on "
+        "the place, such as jnp.arange(len(x)): make it a leaf of x."
+    )
+
+
+def _num_compared(apply_fn: Pinned, params: PyTree, x: PyTree) -> int:
+    """Examples that may be run as one batch."""
+    n = jnp.shape(jax.tree.leaves(x)[0])[0]
+    closed = jax.make_jaxpr(lambda *args: apply_fn(*args))(params, one_row(x))
+    return min(n, max(2, WHOLE_BYTES // (4 * _largest_bytes(closed.jaxpr) + 1)))
+
+
+def _largest_bytes(jaxpr: Any) -> int:
+    """The largest intermediate result."""
+    largest = 0
+    for eqn in jaxpr.eqns:
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                largest = max(largest, _largest_bytes(inner) if hasattr(inner, "eqns") else 0)
+        for var in eqn.outvars:
+            itemsize = getattr(getattr(var.aval, "dtype", None), "itemsize", 0)
+            largest = max(largest, int(np.prod(getattr(var.aval, "shape", ()))) * itemsize)
+    return largest
+
+
+def _rounded(tree: PyTree, seed: int) -> PyTree:
+    """Every floating-point entry moved by one rounding, up or down."""
+    leaves, rebuild = differentiable(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return rebuild([
+        leaf + leaf * jnp.finfo(leaf.dtype).eps * jax.random.rademacher(key, leaf.shape, leaf.dtype)
+        for leaf, key in zip(map(jnp.asarray, leaves), keys, strict=True)
+    ])  # fmt: skip
+
+
+def _dtype(params: PyTree) -> Any:
+    return jnp.result_type(differentiable(params)[0][0])
+
+
+# ------------------------------------------------------------------------------------------------ another example
 
 
 def _largest_change(apply_fn, params: PyTree, x: PyTree) -> float | None:
-    """Of an example's outputs when the other one of a batch of two is exchanged; None where that cannot be seen."""
-    shifts = jax.device_put((np.float32(0), np.float32(SHIFT)))
-    if not is_at_hand(shifts[0]):  # all that is computed now is traced
-        return None
+    """Of the outputs of an example when another one of its batch is exchanged; None where that cannot be seen."""
     try:
-        pair = _two_examples(x)
-        batches = [[jax.tree.map(_join, left, right) for right in pair] for left in pair]
-        if not pair or jax.eval_shape(apply_fn, params, batches[0][0]).shape[:1] != (2,):
+        batch, places = _exchanges(x)
+        if not places:
             return None
-    except Exception:  # of whatever kind: explicit shardings are not sliced, models of 1 and n examples may not take 2
+        apply_fn = pin(apply_fn, (params, one_row(batch)))
+        if apply_fn.is_traced:
+            return None
+        size = _num_compared(apply_fn, params, batch)
+        if jax.eval_shape(apply_fn, params, batch).shape[:1] != (jnp.shape(jax.tree.leaves(batch)[0])[0],):
+            return None
+    except Exception:  # of whatever kind: models of 1 and n examples may not take 2
         return None
-
-    # A new function and so a new program each time: what apply_fn closes over may have changed since a refusal.
-    outputs = jax.jit(lambda params, batch, shift: apply_fn(_shifted(params, shift), batch))
     largest = 0.0
-    with jax.debug_nans(False), jax.debug_infs(False):
-        # A last layer of zeros, as networks are often initialised, hides the layers before it: hence the shift.
-        for shift in shifts:
-            out = [[outputs(params, batch, shift) for batch in row] for row in batches]
-            if not is_at_hand(out[0][0]):  # apply_fn closes over something traced
-                return None
-            out = np.asarray(jax.device_get(out))  # (left example, right example, row, ...)
-            # Row 0 holds the left example, row 1 the right one. A cumulative sum over the batch shows in row 1 alone.
-            change = max(_distance(out[:, 0, 0], out[:, 1, 0]), _distance(out[0, :, 1], out[1, :, 1]))
+    # A last layer of zeros, as networks are often initialised, hides the layers before it: hence the shift.
+    for is_shifted in (False, True):
+        before = _outputs(apply_fn, size, params, batch, is_shifted)[0]
+        for place, source in places:
+            place = min(place, size - 1)
+            after = _outputs(apply_fn, size, params, batch, is_shifted, place, source)[0]
+            change = _distance(*(np.delete(one, place, axis=0) for one in (before, after)))
             if change > 0:
                 # Sums in random order (scatter on a GPU) do not reproduce themselves either, and prove nothing.
-                again = [np.asarray(jax.device_get(outputs(params, batches[0][0], shift))) for _ in range(4)]
-                noise = max(_distance(again[0], run) for run in again)
+                again = [_outputs(apply_fn, size, params, batch, is_shifted)[0] for _ in range(4)]
+                noise = max(_distance(before, run) for run in again)
                 largest = max(largest, change if change > 16 * noise else 0.0)
     return largest
 
 
-def _two_examples(x: PyTree) -> tuple[PyTree, ...]:
-    """The first example and one that differs from it: of x, or made up where the first ones are all alike; or none."""
+def _exchanges(x: PyTree) -> tuple[PyTree, list[tuple[int, int]]]:
+    """A batch, and (place, source): the first example for one that differs from it, and the last one likewise.
+
+    The batch is x, or made up of two examples where the first ones of x are all alike; or there is none.
+    """
 
     def example(i):
         return jax.tree.map(lambda leaf: _fetch(leaf, i), x)
 
-    first = example(0)
-    for i in range(1, min(NUM_CANDIDATES, jnp.shape(jax.tree.leaves(x)[0])[0])):
-        other = example(i)
-        if _differ(first, other):
-            return first, other
+    n, first = jnp.shape(jax.tree.leaves(x)[0])[0], example(0)
+    for i in range(1, min(NUM_CANDIDATES, n)):
+        if _differ(first, example(i)):
+            return x, [(0, i), (n - 1, 0 if _differ(first, example(n - 1)) else i)]
     made_up = jax.tree.map(_moved, first)
-    return (first, made_up) if _differ(first, made_up) else ()
+    pair = [(0, 1), (1, 0)] if _differ(first, made_up) else []
+    return jax.tree.map(_join, first, made_up), pair
 
 
 def _fetch(leaf, i: int):
@@ -127,7 +292,7 @@ def _fetch(leaf, i: int):
 
 
 def _is_key(leaf) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
 
 
 def _join(left, right):
@@ -151,24 +316,29 @@ def _moved(leaf):
     return (leaf.astype(np.float64) / 2 + wave / 4).astype(leaf.dtype)
 
 
-def _shifted(params: PyTree, shift):
-    """`params` with `shift` · cos(...) added to every floating-point leaf; exactly `params` for shift 0."""
+def _shifted(params: PyTree) -> PyTree:
+    """`params` with SHIFT · cos(1), SHIFT · cos(2), ... added to every floating-point leaf."""
 
     def moved(leaf):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
-        leaf = jnp.asarray(leaf)
-        # The argument depends on `shift`, or the compiler would evaluate the wave beforehand, slowly where p is large.
-        wave = jnp.cos((1 + jax.lax.iota(jnp.float32, leaf.size)) * shift / np.float32(SHIFT))
-        return leaf + (shift * wave).astype(leaf.dtype).reshape(leaf.shape)
+        # Of the parameters, or the compiler would evaluate the wave beforehand, slowly where p is large.
+        start = 1 + 0 * jnp.nan_to_num(leaf.ravel()[:1]).astype(jnp.float32)
+        wave = jnp.cos(start + jax.lax.iota(jnp.float32, leaf.size))
+        return leaf + (np.float32(SHIFT) * wave).astype(leaf.dtype).reshape(leaf.shape)
 
     return jax.tree.map(moved, params)
 
 
 def _distance(a, b) -> float:
-    """Largest difference; equal entries, NaN and infinity among them, have none."""
+    """Largest difference."""
+    return float(_away(a, b).max(initial=0.0))
+
+
+def _away(a, b) -> np.ndarray:
+    """Entry by entry |a − b|; equal entries, NaN and infinity among them, have none."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):
         difference = np.where(same, 0.0, np.abs(a - b))
-    return float(np.where(np.isnan(difference), np.inf, difference).max(initial=0.0))
+    return np.where(np.isnan(difference), np.inf, difference)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from entk._checks import ApplyFn, PyTree, check_apply, check_fits, check_microbatch_size, num_params
+from entk._checks import ApplyFn, PyTree, check_apply, check_fits, check_microbatch_size, num_params, pin_model
 from entk._params import differentiable
 
 # TF32 and bfloat16 passes would break symmetry and positive semi-definiteness of K on accelerators.
@@ -36,6 +37,16 @@ def model_precision():
     """
     of_caller = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     return jax.default_matmul_precision(of_caller or "highest")
+
+
+@contextlib.contextmanager
+def free_promotion() -> Iterator[None]:
+    """Code of this package and of matfree broadcasts and promotes freely, whatever the caller asks of their own.
+
+    The model has been traced under the caller's settings before, by `entk._pinned`.
+    """
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def jacobian(
@@ -79,17 +90,25 @@ def jacobian(
              [3., 4.]], dtype=float64)
     """
     microbatch_size = check_microbatch_size(microbatch_size)
+    apply_fn = pin_model(apply_fn, params, x, names=("x", ""))
     spec = check_apply(apply_fn, params, x)
     shape = (spec.num_examples, spec.num_outputs, num_params(params))
     n, c, p = shape
-    b = microbatch_size or n
-    held = n + 2 * b if b < n and n % b == 0 else 2 * n
+
+    def bytes_of(n):
+        b = microbatch_size or n
+        held = n + 2 * b if b < n and n % b == 0 else 2 * n
+        return held * c * p * spec.dtype.itemsize
+
     check_fits(
-        held * c * p * spec.dtype.itemsize,
+        bytes_of(n),
         f"forming the {n} x {c} x {p:,} {spec.dtype} Jacobian (of {n * c * p * spec.dtype.itemsize / 2**30:,.1f} GiB)",
         "Use empirical_ntk, which never holds all of it, or ntk_vector_product, which holds none of it.",
+        count=n,
+        bytes_of=bytes_of,
     )
-    return _jacobian(apply_fn, params, x, microbatch_size)
+    with free_promotion():
+        return _jacobian(apply_fn, params, x, microbatch_size)
 
 
 @partial(jax.jit, static_argnums=(0, 3))

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.tree_util import Partial
 
+from entk._pinned import pin
+
 PyTree = Any
 
 
@@ -16,7 +18,7 @@ class LinearOperator(Protocol):
     """Anything with `shape` and `mv`, for vectors (N,) and blocks (N, r); `dtype` is read too where there is one.
 
     An operator that is a pytree, as `NtkOperator` is, compiles once for all operators of its structure; another object
-    compiles once an object, so it must not change.
+    compiles once an object, and anew where what `mv` computes has changed.
     """
 
     @property
@@ -53,7 +55,10 @@ def check_key(key: Any) -> None:
 def matvec_of(operator: LinearOperator) -> Partial:
     """`operator.mv` as a pytree: the operator's arrays as data where it is a pytree, itself as static data if not."""
     leaves = jax.tree.leaves(operator)
-    return Partial(operator.mv) if leaves and leaves[0] is operator else Partial(_mv, operator)
+    if not leaves or leaves[0] is not operator:
+        return Partial(_mv, operator)
+    size, dtype = check_operator(operator)
+    return Partial(pin(operator.mv, (jax.ShapeDtypeStruct((size,), dtype),), derived=None))
 
 
 def _mv(operator, vector):

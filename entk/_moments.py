@@ -14,9 +14,11 @@ from jax import Array, lax
 from entk._checks import PyTree, check_microbatch_size, check_params, num_examples
 from entk._contractions import JacobianBlocks
 from entk._factors import FactoredModel, Part
-from entk._independence import check_independent, is_at_hand
-from entk._jacobian import map_examples
+from entk._independence import check_independent, kind, one_row, passed, remember
+from entk._jacobian import free_promotion, map_examples
+from entk._misuse import check_function
 from entk._params import differentiable
+from entk._pinned import Pinned, pin
 from entk._products import Lookup
 from entk._row_moments import add_examples, no_examples, over_all
 from entk._structured import example_bytes
@@ -96,8 +98,9 @@ sample_size=2)
     microbatch_size = check_microbatch_size(microbatch_size)
     check_params(params)
     n = num_examples(batch, "batch")
-    _check_loss(loss_fn, params, batch, n)
-    mean, spread = _moments(loss_fn, params, batch, microbatch_size)
+    loss_fn = _pin_loss(loss_fn, params, batch, n)
+    with free_promotion():
+        mean, spread = _moments(loss_fn, params, batch, microbatch_size)
     _, rebuild = differentiable(jax.tree.map(_float0, params))
     return GradientMoments(rebuild(mean), rebuild(spread), n)
 
@@ -226,26 +229,23 @@ def _two_passes(gradients: Array) -> tuple[Array, Array]:
     return mean, ((gradients - mean) ** 2).sum(0)
 
 
-def _check_loss(loss_fn: Any, params: PyTree, batch: PyTree, n: int) -> None:
-    out = jax.eval_shape(loss_fn, params, batch)
-    if not isinstance(out, jax.ShapeDtypeStruct) or out.shape not in ((), (n,)):
-        found = getattr(out, "shape", jax.tree.structure(out))
-        raise ValueError(
-            f"loss_fn returns {found}, but must return ({n},), one loss an example, or their mean, a scalar; return "
-            "the losses alone."
-        )
-    if out.shape == (n,):
-        check_independent(loss_fn, params, batch, "batch")
-        return
-    if n == 1 or not all(is_at_hand(leaf) for leaf in jax.tree.leaves((params, batch))):
-        return
-    first, second, both = (
-        loss_fn(params, jax.tree.map(lambda leaf, k=k: leaf[k], batch)) for k in (slice(1), slice(1, 2), slice(2))
-    )
-    first, second, both = (float(one) for one in (first, second, both))
-    tolerance = float(jnp.finfo(out.dtype).eps) ** 0.5 * max(abs(first), abs(second))
-    if abs(both - (first + second) / 2) > tolerance:
-        raise ValueError(
-            f"loss_fn gives {both:.6g} on the first two examples, {first:.6g} and {second:.6g} on each alone: a scalar "
-            "loss must be the mean over examples that do not see each other (no sum, no batch statistics)."
-        )
+def _pin_loss(loss_fn: Any, params: PyTree, batch: PyTree, n: int) -> Pinned:
+    """The loss as it is now (see `entk._pinned`), checked: one loss an example, or the mean over examples."""
+    if not isinstance(loss_fn, Pinned):
+        check_function(loss_fn, "loss_fn")
+    loss_fn = pin(loss_fn, (params, one_row(batch)))
+    found = "losses", loss_fn, kind(params), kind(batch)
+    shape = passed(found)
+    if shape is None:
+        out = jax.eval_shape(loss_fn, params, batch)
+        if not isinstance(out, jax.ShapeDtypeStruct) or out.shape not in ((), (n,)):
+            returned = getattr(out, "shape", jax.tree.structure(out))
+            raise ValueError(
+                f"loss_fn returns {returned}, but must return ({n},), one loss an example, or their mean, a scalar; "
+                "return the losses alone."
+            )
+        shape = out.shape
+        if not loss_fn.is_traced:
+            remember(found, shape)
+    check_independent(loss_fn, params, batch, "batch", is_mean=shape == ())
+    return loss_fn

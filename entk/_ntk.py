@@ -6,7 +6,7 @@ from typing import Protocol
 
 from jaxtyping import Array, Float
 
-from entk._checks import ApplyFn, OutputSpec, PyTree, check_apply_pair
+from entk._checks import ApplyFn, OutputSpec, PyTree, check_apply_pair, pin_model
 from entk._sharded import place_of_rows, sharded_ntk
 from entk._structured import Structured
 
@@ -69,6 +69,7 @@ def empirical_ntk(
     place = place_of_rows(x1, x2)
     if place:
         return sharded_ntk(apply_fn, params, x1, x2, mesh=place.mesh, axis=place.axes, strategy=strategy)
+    apply_fn = pin_model(apply_fn, params, x1, x2)
     spec1, spec2 = check_apply_pair(apply_fn, params, x1, x2)
     strategy.check(params, spec1, spec2, x2 is None)
     return strategy.kernel(apply_fn, params, x1, x2)

@@ -9,8 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from entk._checks import ApplyFn, PyTree, check_apply_pair, check_count, check_fits, check_microbatch_size, num_params
-from entk._jacobian import map_examples, model_precision, sum_blocks
+from entk._checks import (
+    ApplyFn,
+    PyTree,
+    check_apply_pair,
+    check_count,
+    check_fits,
+    check_microbatch_size,
+    num_params,
+    pin_model,
+)
+from entk._jacobian import free_promotion, map_examples, model_precision, sum_blocks
 from entk._ntk import empirical_ntk
 from entk._params import differentiable
 
@@ -68,6 +77,7 @@ class NtkOperator:
     num_outputs: int = field(init=False)
 
     def __post_init__(self):
+        object.__setattr__(self, "apply_fn", pin_model(self.apply_fn, self.params, self.x1, self.x2).held())
         spec, _ = check_apply_pair(self.apply_fn, self.params, self.x1, self.x2)
         _check_preconditioner(self.preconditioner, self.params)
         object.__setattr__(self, "microbatch_size", check_microbatch_size(self.microbatch_size))
@@ -112,7 +122,8 @@ class NtkOperator:
             return form(self.apply_fn, self.params)
         # The compiled function below checks memory when it is traced; this checks it at every call.
         jax.eval_shape(lambda params: form(self.apply_fn, params), self.params)
-        return _preconditioned_matrix(self)
+        with free_promotion():
+            return _preconditioned_matrix(self)
 
     def tree_flatten(self):
         data = (self.params, self.x1, self.x2, self.preconditioner)
@@ -231,12 +242,20 @@ def _multiply(operator: NtkOperator, vector: Float[Array | np.ndarray, "n2c ..."
         r, p = vector.shape[1], num_params(operator.params)
         held = min(operator.probe_batch_size or r, r)
         in_blocks = (operator.microbatch_size or length) * operator.num_outputs < length
+
+        def bytes_of(probes):
+            return (1 + in_blocks) * probes * p * vector.dtype.itemsize  # sums of gradients, and those of one block
+
         check_fits(
-            (1 + in_blocks) * held * p * vector.dtype.itemsize,  # the sum of gradients, and those of one block
+            bytes_of(held),
             f"pushing {held} probes at once through {p:,} {vector.dtype} parameters",
             "Pass a smaller probe_batch_size.",
+            count=held,
+            bytes_of=bytes_of,
+            unit="probes",
         )
-    return _product(operator, vector)
+    with free_promotion():
+        return _product(operator, vector)
 
 
 @jax.jit

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from entk._checks import ApplyFn, PyTree, check_apply_pair
+from entk._checks import ApplyFn, PyTree, check_apply_pair, pin_model
 from entk._contractions import Contraction
+from entk._jacobian import free_promotion
 from entk._structured import Structured, in_slices, matched, workspace
 
 
@@ -112,13 +113,15 @@ def plan(
       (("['w']", "['b']"), 'PositionPairs')
     """
     strategy = strategy or Structured()
+    apply_fn = pin_model(apply_fn, params, x1, x2)
     spec1, spec2 = check_apply_pair(apply_fn, params, x1, x2)
     strategy.check(params, spec1, spec2, x2 is None)
     n1, n2, c = spec1.num_examples, spec2.num_examples, spec1.num_outputs
-    models = matched(apply_fn, params, x1, x2)
-    choices = strategy.choose(models[0], n1, n2)
-    layout = strategy.layout(models[0], choices, n1, n2, x2 is None)
-    choices = in_slices(choices, c) if layout.triangle else choices
+    with free_promotion():
+        models = matched(apply_fn, params, x1, x2)
+        choices = strategy.choose(models[0], n1, n2)
+        layout = strategy.layout(models[0], choices, n1, n2, x2 is None)
+        choices = in_slices(choices, c) if layout.triangle else choices
     pairs = n1 * (n1 + 1) // 2 if x2 is None else n1 * n2
     held = n1 if layout.triangle else layout.rows + layout.columns
     size = max(models[0].dtype.itemsize, 4)

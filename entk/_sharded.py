@@ -12,8 +12,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from entk._checks import ApplyFn, OutputSpec, PyTree, check_apply_pair, check_fits
-from entk._jacobian import map_examples
+from entk._checks import ApplyFn, OutputSpec, PyTree, check_apply_pair, check_fits, pin_model
+from entk._jacobian import free_promotion, map_examples
 from entk._structured import Structured, contract, matched, prepare_example
 
 if TYPE_CHECKING:
@@ -132,7 +132,9 @@ def sharded_ntk(
     """
     place = Place(mesh, _check_axes(mesh, axis))
     size = place.num_devices
-    spec1, spec2 = check_apply_pair(apply_fn, *map(_for_checks, (params, x1, x2)))
+    for_checks = tuple(map(_for_checks, (params, x1, x2)))
+    apply_fn = pin_model(apply_fn, *for_checks)
+    spec1, spec2 = check_apply_pair(apply_fn, *for_checks)
     n1, n2 = spec1.num_examples, spec2.num_examples
     if n1 % size:
         raise ValueError(
@@ -144,7 +146,8 @@ def sharded_ntk(
     params, x1 = place.replicate(params), place.shard(x1)
     if x2 is not None:
         x2 = place.shard(x2) if in_ring else place.replicate(x2)
-    return _kernel(strategy, apply_fn, place, in_ring, params, x1, x2)
+    with free_promotion():
+        return _kernel(strategy, apply_fn, place, in_ring, params, x1, x2)
 
 
 def _check_axes(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -176,6 +179,9 @@ def _check_share(strategy: Any, params: PyTree, spec1: OutputSpec, spec2: Output
         rows * columns * max(spec1.dtype.itemsize, 4) * sharing,
         f"a device's {rows} of the {spec1.num_examples * spec1.num_outputs} x {columns} kernel in {spec1.dtype}",
         "Use more devices, take K in blocks with NtkBlocks, or use NtkOperator, which never forms it.",
+        count=share.num_examples,
+        bytes_of=lambda n: n * spec1.num_outputs * columns * max(spec1.dtype.itemsize, 4) * sharing,
+        unit="rows' examples of a device",
     )
 
 

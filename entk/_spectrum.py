@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from matfree import decomp
 
 from entk._checks import check_count, check_fits
-from entk._jacobian import PRECISION, map_examples, model_precision
+from entk._jacobian import PRECISION, free_promotion, map_examples, model_precision
 from entk._matvec import LinearOperator, check_key, check_operator, matvec_of, product
 from entk._trace import Estimate, estimate_mean
 
@@ -29,6 +29,7 @@ class Eigenpairs(NamedTuple):
     residuals: Float[Array, " rank"]
 
 
+@free_promotion()
 def top_eigenpairs(
     operator: LinearOperator,
     rank: int,
@@ -98,6 +99,9 @@ def top_eigenpairs(
         (width + 3 * block_size) * size * dtype.itemsize,
         f"holding {width + 3 * block_size} Krylov vectors of {size:,} {dtype} numbers",
         "Lower block_size or num_steps.",
+        count=num_steps,
+        bytes_of=lambda steps: (steps + 3) * block_size * size * dtype.itemsize,
+        unit="num_steps",
     )
     return _block_lanczos(matvec_of(operator), key, size, dtype, rank, block_size, num_steps)
 
@@ -161,6 +165,7 @@ class SpectralDensity(NamedTuple):
     weights: Float[Array, "num_probes num_steps"]
     size: int
 
+    @free_promotion()
     def trace_of(self, function: Callable[[Array], Array] = lambda eigenvalues: eigenvalues) -> Estimate:
         """tr f(K) = Σ_i f(λ_i) with its standard error, f applied elementwise; f(λ) = λ where none is given.
 
@@ -173,6 +178,7 @@ class SpectralDensity(NamedTuple):
         """
         return estimate_mean(self.size * jnp.sum(self.weights * function(self.nodes), axis=1))
 
+    @free_promotion()
     def density(self, grid: Float[Array | np.ndarray, " g"], width: float) -> Float[Array, " g"]:
         """The density of eigenvalues on a grid, (g,), smoothed by Gaussians of this width; its integral is 1.
 
@@ -189,6 +195,7 @@ class SpectralDensity(NamedTuple):
         peaks = jnp.exp(-(distance**2) / 2) / (width * jnp.sqrt(2 * jnp.pi).astype(distance.dtype))
         return jnp.matmul(peaks, self.weights.ravel(), precision=PRECISION) / len(self.nodes)
 
+    @free_promotion()
     def effective_rank(self) -> Estimate:
         """tr(K)² / tr(K²) with its standard error by the delta method (theory §2).
 
@@ -205,6 +212,7 @@ class SpectralDensity(NamedTuple):
         return Estimate(value, estimate_mean(slope).standard_error)
 
 
+@free_promotion()
 def spectral_density(
     operator: LinearOperator,
     *,
@@ -263,6 +271,9 @@ def spectral_density(
             held * num_steps * size * dtype.itemsize,
             f"holding {held} x {num_steps} Lanczos vectors of {size:,} {dtype} numbers",
             "Pass a smaller probe_batch_size, or lower num_steps.",
+            count=held,
+            bytes_of=lambda probes: probes * num_steps * size * dtype.itemsize,
+            unit="probes at once",
         )
         nodes, weights = _quadrature(matvec_of(operator), key, size, dtype, num_steps, num_probes, held)
     return SpectralDensity(nodes, weights, size)

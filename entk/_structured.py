@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from entk._checks import ApplyFn, OutputSpec, PyTree, check_fits
 from entk._contractions import CACHED_NUMBERS, Contraction, Cost, JacobianBlocks, PositionPairs, numbers_seen
 from entk._factors import FactoredModel, Factors, Part
-from entk._jacobian import PRECISION, map_examples
+from entk._jacobian import PRECISION, free_promotion, map_examples
 from entk._products import Sizes
 
 CHUNK_BYTES = 2**26  # of examples differentiated at once: more is no faster
@@ -96,10 +97,18 @@ class Structured:
     def check(self, params: PyTree, spec1: OutputSpec, spec2: OutputSpec, symmetric: bool) -> None:
         """Refuses a kernel that would not fit; its workspace is checked when its blocks are laid out."""
         rows, columns = (spec.num_examples * spec.num_outputs for spec in (spec1, spec2))
+
+        def bytes_of(n):
+            return n * spec1.num_outputs * (n * spec1.num_outputs if symmetric else columns) * itemsize
+
+        itemsize = max(spec1.dtype.itemsize, 4)
         check_fits(
-            rows * columns * max(spec1.dtype.itemsize, 4),
-            f"the {rows} x {columns} kernel in {spec1.dtype}",
+            rows * columns * itemsize,
+            f"the {rows} x {columns} kernel in {np.dtype(f'f{itemsize}')}",
             "Take it in blocks with NtkBlocks, or use NtkOperator, which never forms it.",
+            count=spec1.num_examples,
+            bytes_of=bytes_of,
+            unit="examples" if symmetric else "examples of x1",
         )
 
     def choose(self, model: FactoredModel, n1: int, n2: int) -> list[Choice]:
@@ -132,7 +141,8 @@ class Structured:
 
     def kernel(self, apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None) -> Array:
         """K of shape (n₁·c, n₂·c); the arguments have been checked."""
-        return _kernel(self, apply_fn, params, x1, x2)
+        with free_promotion():
+            return _kernel(self, apply_fn, params, x1, x2)
 
 
 def example_bytes(model: FactoredModel, choices: list[Choice]) -> int:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from matfree import stochtrace
 
 from entk._checks import check_count
-from entk._jacobian import model_precision
+from entk._jacobian import free_promotion, model_precision
 from entk._matvec import LinearOperator, check_key, check_operator, matvec_of, product
 
 
@@ -126,6 +126,7 @@ class XTrace:
 DEFAULT_METHOD = XTrace()
 
 
+@free_promotion()
 def trace(operator: LinearOperator, method: TraceMethod = DEFAULT_METHOD, *, key: Array) -> Estimate:
     """tr K from products with random vectors, with a standard error.
 

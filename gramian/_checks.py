@@ -72,11 +72,18 @@ def check_problem(source: KernelSource, loss: OutputLoss, params: PyTree, *, ope
             )
     check_targets(loss, n, c, dtype)
     if operators:
-        entries = 12 * (n * c) ** 2 + 3 * n * c * m * c
+
+        def bytes_of(n):
+            return (12 * (n * c) ** 2 + 3 * n * c * m * c) * dtype.itemsize
+
         check_fits(
-            entries * dtype.itemsize,
+            bytes_of(n),
             f"a dense flow of N = {n} x {c} training and M = {m} x {c} test outputs in {dtype}",
-            "Pass fewer examples, or float32 data and parameters.",
+            f"Pass fewer examples{', or float32 data and parameters' if dtype.itemsize > 4 else ''}. Without N x N "
+            "matrices: reference_flow(..., operators=False) for the flow alone, record_training and analyze_training "
+            "for a run of an optimizer.",
+            count=n,
+            bytes_of=bytes_of,
         )
         source.strategy.check(params, spec, spec, True)
         if test is not None:

@@ -24,6 +24,7 @@ from gramian._interrupts import answer, interruptible
 from gramian._losses import OutputLoss
 from gramian._observables import Observable
 from gramian._operators import Operators
+from gramian._pinning import pinned_problem
 from gramian._progress import Progress
 from gramian._source import KernelSource
 from gramian._steppers import ExponentialMidpoint, Stepper
@@ -164,6 +165,7 @@ def gradient_flow(
     _check_parts(stepper, controller, observables, checkpoint)
     max_num_steps = check_count("max_num_steps", max_num_steps)
     check_problem(source, loss, params)
+    source, loss = pinned_problem(source, loss, params)
     params = jax.tree.map(jnp.asarray, params)
     integrator = Integrator(source, loss, stepper, controller, dict(observables or {}))
     infos: list = []

@@ -20,6 +20,7 @@ import optax
 from jax import Array, lax
 
 from entk._jaxpr import CALLS, CUSTOM_DERIVATIVES, bind, called, is_literal, opened
+from entk._pinned import fingerprint
 
 PyTree = Any
 ExtraArgs = Callable[[PyTree, Array], dict[str, Any]]
@@ -83,15 +84,8 @@ class FrozenUpdate:
             ) from error
         if jax.tree.structure(out[1]) != jax.tree.structure(state):
             raise ValueError(f"{_names(tx)} changes the structure of its state; it cannot be replayed.")
-        self._closed, self._same = (
-            closed,
-            (
-                given,
-                extra_args,
-                jax.tree.structure(spec),
-                (*jax.tree.leaves(spec), *arrays),
-            ),
-        )
+        self._closed = closed
+        self._same = given, extra_args, fingerprint(closed), jax.tree.structure(spec), (*jax.tree.leaves(spec), *arrays)
         self._params_tree, self._state_tree = jax.tree.structure(spec), jax.tree.structure(state)
         self._num_params = self._params_tree.num_leaves
         self._state_kinds = [Kind.FORCED] * self._state_tree.num_leaves
@@ -324,6 +318,7 @@ def _names(tx: Any) -> str:
     found: list[str] = []
 
     def visit(function, depth):
+        function = getattr(function, "__wrapped__", function)
         name, contents = getattr(function, "__qualname__", ""), []
         for cell in getattr(function, "__closure__", None) or ():
             with contextlib.suppress(ValueError):  # an empty cell

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from gramian._frozen import FrozenKernel
 from gramian._losses import OutputLoss, block_product
 from gramian._observables import Observable
 from gramian._operators import Operators, init_operators, update_operators
+from gramian._pinning import pinned_observable, pinned_problem
 from gramian._source import KernelSource
 from gramian._steppers import ExponentialMidpoint, KernelPoint, Step, Stepper, rms
 
@@ -108,6 +109,7 @@ class Integrator:
         Raises:
           FloatingPointError: a kernel or a Hessian that is not finite there.
         """
+        self = self._pinned(params)
         carry = _init_point(self.stepper, self.source, self.loss, params)
         if not np.isfinite(jax.device_get(carry.frozen.rates)).all():
             raise FloatingPointError(
@@ -142,6 +144,7 @@ class Integrator:
             are not finite.
           ValueError: a negative eigenvalue of B (the loss is not convex).
         """
+        self = self._pinned(state.params, state)
         rejected = state.num_rejected
         h = state.h
         while True:
@@ -192,6 +195,25 @@ class Integrator:
             missed=state.missed + jnp.stack([step.error_s, step.error_q, step.error_g]),
         )
         return new, StepInfo(t, length, float(self.loss.value(step.outputs_s)), error, jax.device_get(values))
+
+    def _pinned(self, params: PyTree, state: FlowState | None = None) -> Integrator:
+        """With its functions as they are when a flow begins; observables take a state to be traced with."""
+        known = self.__dict__.get("_as_begun")
+        if state is None or known is None:
+            source, loss = pinned_problem(self.source, self.loss, params)
+            known = Integrator(source, loss, self.stepper, self.controller, self.observables)
+            object.__setattr__(self, "_as_begun", known)
+        if state is None or "_is_observed" in known.__dict__:
+            return known
+        arguments = known.source, state.carry, state.operators, jnp.asarray(state.h, state.outputs_s.dtype)
+        observables = {
+            name: pinned_observable(observable, state.observed[name], *arguments)
+            for name, observable in self.observables.items()
+        }
+        known = replace(known, observables=observables)
+        known.__dict__["_is_observed"] = True
+        object.__setattr__(self, "_as_begun", known)
+        return known
 
     def _scaled_error(self, state, step, length):
         errors, sizes = jax.device_get(_error_scales(state.outputs_s, state.outputs_q, step))

@@ -13,8 +13,10 @@ from jaxtyping import Array, Float
 
 from entk import NtkOperator, top_eigenpairs
 from entk._checks import check_count
+from entk._pinned import Pinned
 from gramian._frozen_update import FrozenUpdate
 from gramian._losses import OutputLoss
+from gramian._pinning import pinned_run
 from gramian._realized_step import Data, Probes, Shared, Sums, carry, no_sums, start_probes, take
 from gramian._training_steps import TrainState, check_optimizer, check_training
 
@@ -110,15 +112,17 @@ class LiveChannel:
         """Probes at the step before which this is called; orthonormal columns, or the top eigenvectors of K_SS."""
         check_training(self.apply_fn, params, self.x_s, self.loss)
         check_optimizer(self.optimizer)
+        self.__dict__.pop("_begun", None)
+        apply_fn = self._as_begun(params)[0]
         check_count("quadrature", self.quadrature)
         check_count("every", self.every)
         if probes is None:
             rank = check_count("rank", self.rank)
-            kernel = NtkOperator(self.apply_fn, params, self.x_s)
+            kernel = NtkOperator(apply_fn, params, self.x_s)
             probes = top_eigenpairs(kernel, min(rank, kernel.shape[0]), key=jax.random.key(0)).vectors
         dtype = jax.tree.leaves(params)[0].dtype
         psi = jnp.linalg.qr(jnp.asarray(probes, dtype))[0].T
-        update = self._update_of(params)
+        update = self._as_begun(params)[2]
         shared, rows = start_probes(update, TrainState(params, opt_state), psi, 0)
         r = len(psi)
         moves = jax.tree.map(lambda leaf: jnp.zeros((r + 1, *jnp.shape(leaf)), dtype), params)
@@ -129,14 +133,17 @@ class LiveChannel:
 
     def update(self, state: LiveState, params: PyTree, opt_state: PyTree, batch: Array) -> tuple[LiveState, LiveInfo]:
         """The step that takes (params, opt_state) on by the examples `batch`; called before or after it is taken."""
-        data, now = Data(self.x_s, self.loss, None), TrainState(params, opt_state)
-        static = self.apply_fn, self._update_of(params), self.quadrature, self.every
+        apply_fn, loss, frozen = self._as_begun(params)
+        data, now = Data(self.x_s, loss, None), TrainState(params, opt_state)
+        static = apply_fn, frozen, self.quadrature, self.every
         return _update(*static, data, state, now, jnp.asarray(batch))
 
-    def _update_of(self, params) -> FrozenUpdate:
-        if "_frozen" not in self.__dict__:
-            object.__setattr__(self, "_frozen", FrozenUpdate(self.optimizer, params))
-        return self.__dict__["_frozen"]
+    def _as_begun(self, params) -> tuple[Pinned, OutputLoss, FrozenUpdate]:
+        """Model, loss and optimizer as they were when following began."""
+        if "_begun" not in self.__dict__:
+            apply_fn, loss, optimizer, _ = pinned_run(self.apply_fn, params, self.x_s, self.loss, self.optimizer)
+            self.__dict__["_begun"] = apply_fn, loss, FrozenUpdate(optimizer, params)
+        return self.__dict__["_begun"]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

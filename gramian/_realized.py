@@ -363,10 +363,14 @@ def dense_operators(path: RealizedPath) -> dict[str, Array]:
     """P, W, V, D, G as matrices, by name."""
     num_train, _ = path.sizes
     num_params = sum(leaf.size for leaf in jax.tree.leaves(path.recording.params))
+    bytes_of_probe = (1 + path.update.num_history) * num_params * path.dtype.itemsize
     check_fits(
-        (1 + path.update.num_history) * num_train * num_params * path.dtype.itemsize,
+        num_train * bytes_of_probe,
         f"carrying N = {num_train} probes through {num_params:,} parameters",
         "Use RealizedOperator, or analyze_training with dense=False.",
+        count=num_train,
+        bytes_of=lambda probes: probes * bytes_of_probe,
+        unit="probes",
     )
     sweep = path.forward(jnp.eye(num_train, dtype=path.dtype))
     return {

@@ -26,6 +26,7 @@ from gramian._frozen_update import ExtraArgs, FrozenUpdate
 from gramian._interrupts import Pace, answer, interruptible
 from gramian._leaves import characters, pack, unpack
 from gramian._losses import OutputLoss
+from gramian._pinning import pinned_run
 from gramian._stash import read_save, write_arrays
 from gramian._training_steps import (
     TrainState,
@@ -373,9 +374,12 @@ class Recording:
         object.__setattr__(self, "num_steps", max((number for number, _ in folder.saves()), default=0))
         if not self.num_steps:
             raise ValueError(f"{self.directory} holds no recorded step yet; record the run with record_training.")
-        start = next(self.segments()).start
-        object.__setattr__(self, "start", start)
-        object.__setattr__(self, "params", start.params)
+        first = next(self.segments())
+        object.__setattr__(self, "start", first.start)
+        object.__setattr__(self, "params", first.start.params)
+        static = self.apply_fn, self.params, self.x_s, self.loss, self.optimizer, self.extra_args, first.batches[0]
+        for name, one in zip(("apply_fn", "loss", "optimizer", "extra_args"), pinned_run(*static), strict=True):
+            object.__setattr__(self, name, one)
 
     def segments(self, *, backwards: bool = False, at_most: int | None = None) -> Iterator[Segment]:
         """The run from kept state to kept state, or `at_most` so many steps at a time; holds one save at a time.
@@ -479,6 +483,8 @@ def record_training(
         )
     batches = batches.astype(np.int32)
     params = jax.tree.map(jnp.asarray, params)
+    static = apply_fn, params, x_s, loss, optimizer, extra_args, batches[0]
+    apply_fn, loss, optimizer, extra_args = pinned_run(*static)
     FrozenUpdate(optimizer, params, extra_args, jnp.asarray(batches[0]))  # refuses what could not be analysed
     start, pace = TrainState(params, optimizer.init(params)), Pace()
     with recorder:

@@ -17,6 +17,7 @@ from gramian._flow import Flow, attainable
 from gramian._frozen import matmul
 from gramian._losses import OutputLoss, block_product
 from gramian._operators import Operators, init_operators
+from gramian._pinning import pinned_problem
 from gramian._source import KernelSource
 
 PyTree = Any
@@ -92,6 +93,7 @@ def reference_flow(
     max_steps = check_count("max_steps", max_steps)
     rtol, atol = check_real("rtol", rtol), check_real("atol", atol)
     check_problem(source, loss, params, operators=operators)
+    source, loss = pinned_problem(source, loss, params)
     params = jax.tree.map(jnp.asarray, params)
     dtype = jax.tree.leaves(params)[0].dtype
     resolution = float(jnp.finfo(dtype).eps)

@@ -81,7 +81,6 @@ MIXING = {
     "softmax over the batch": lambda: (softmax_over_the_batch, PARAMS),
     "the rows before": lambda: (lambda p, x: jnp.cumsum(apply_fn(p, x), axis=0), PARAMS),
     "the rows after": lambda: (lambda p, x: jax.lax.cumsum(apply_fn(p, x), reverse=True), PARAMS),
-    "the largest": lambda: (lambda p, x: jnp.maximum(apply_fn(p, x), apply_fn(p, x).max(0)), PARAMS),
     "exchanged": lambda: (lambda p, x: apply_fn(p, x)[::-1], PARAMS),
     "attention between examples": lambda: (lambda p, x: jax.nn.softmax(x @ x.T) @ apply_fn(p, x), PARAMS),
     "NaN somewhere": lambda: (lambda p, x: apply_fn(p, x) + jnp.where(x[-1, 0] > 0, jnp.nan, 0.0), PARAMS),
@@ -102,6 +101,50 @@ def test_mixed_examples_are_refused(case):
     model, params = MIXING[case]()
     with pytest.raises(ValueError, match=MIXED):
         check_apply(model, params, X)
+
+
+PLACED = (
+    r"output \d of example \d+ of \w+ is .* in a batch of \d+ and .* alone( at parameters moved by 0.001)? "
+    r"\(rounding explains .*\): it must treat examples independently, wherever they are in the batch\. "
+    r".*deterministic=True, model\.eval\(\).* a leaf of x"
+)
+KEY = jax.random.key(0)
+PLACE_DEPENDENT = {
+    "the largest": lambda p, x: jnp.maximum(apply_fn(p, x), apply_fn(p, x).max(0)),  # exchanging rows need not show it
+    "noise for each place in the batch": lambda p, x: apply_fn(p, x) + jax.random.normal(KEY, (len(x), 2)),
+    "dropout with one key": lambda p, x: jnp.where(jax.random.bernoulli(KEY, 0.5, (len(x), 2)), apply_fn(p, x), 0.0),
+    "the place as a feature": lambda p, x: apply_fn(p, x + jnp.arange(len(x))[:, None]),
+    "a mask of the first rows": lambda p, x: apply_fn(p, x) * (jnp.arange(len(x)) < 2)[:, None],
+    "a mask of the last row": lambda p, x: apply_fn(p, x).at[-1].multiply(2.0),
+    "the number of examples": lambda p, x: apply_fn(p, x) / len(x),
+    "a branch on their number": lambda p, x: apply_fn(p, x - x.mean(0)) if len(x) > 2 else apply_fn(p, x),
+    "rows in another order": lambda p, x: apply_fn(p, x)[jnp.arange(len(x)) // 2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("case", PLACE_DEPENDENT)
+def test_what_depends_on_the_place_is_refused(case, dtype):
+    """Also where the last layer is zero, and all outputs with it, and in more examples than are told apart."""
+    params, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (PARAMS, batch(0, 12)))
+
+    def model(params, x):
+        return PLACE_DEPENDENT[case](params, x).astype(dtype)
+
+    for some in (params, {**params, "w_out": jnp.zeros((4, 2), dtype), "b_out": jnp.zeros(2, dtype)}):
+        with pytest.raises(ValueError, match=f"{PLACED}|{MIXED}"):
+            check_apply(model, some, x)
+
+
+def test_rows_are_compared_at_every_call():
+    """The first two examples are alike, and so are all of the first batch: only the second batch gives it away."""
+
+    def model(params, x):
+        return apply_fn(params, x - jnp.where(jnp.abs(x - x[:1]).max() > 5, x.mean(0), 0.0))
+
+    check_apply(model, PARAMS, X)
+    with pytest.raises(ValueError, match=PLACED):
+        check_apply(model, PARAMS, 100 * X)
 
 
 def test_every_entry_point_refuses_them_and_names_the_argument():
@@ -250,9 +293,8 @@ def test_independent_examples_pass_to_the_last_bit(model, dtype):
     assert entk._independence._largest_change(lambda p, x: model(p, x + x.mean(0) / 64), params, x) > 0
 
 
-KEY = jax.random.key(0)
 PASSING = {
-    "noise for each place in the batch": (lambda p, x: apply_fn(p, x) + jax.random.normal(KEY, (len(x), 2)), X),
+    "the same noise for each example": (lambda p, x: apply_fn(p, x) + jax.random.normal(KEY, (2,)), X),
     "NaN everywhere": (lambda p, x: apply_fn(p, x) * jnp.nan, X),
     "infinite outputs": (lambda p, x: apply_fn(p, x) * jnp.inf, X),
     "NaN in one example": (lambda p, x: jnp.log(apply_fn(p, x)), X),
@@ -316,7 +358,8 @@ def runs(monkeypatch):
 
 
 def test_a_model_is_checked_once(runs, caplog):
-    """Not again for other values or another number of examples; again for other shapes, dtypes, or another model."""
+    """Exchanged examples: not again for other values or another number of examples; again for other shapes, dtypes, or
+    another model."""
 
     def model(params, x):
         return apply_fn(params, x)
@@ -326,8 +369,10 @@ def test_a_model_is_checked_once(runs, caplog):
         ntk_vector_product(model, init(seed), np.ones(8), batch(seed, 4))
     assert len(runs) == 1
     with jax.log_compiles():
-        check_apply(model, init(3), batch(3, 9))
+        check_apply(model, init(3), batch(3, 6))
     assert "Compiling" not in caplog.text
+    check_apply(model, init(3), batch(3, 9))
+    assert len(runs) == 1
     check_apply(model, init(0, inputs=4), batch(0, 5, inputs=4))
     assert len(runs) == 2
     check_apply(model, *jax.tree.map(np.float32, (PARAMS, X)))
@@ -346,9 +391,12 @@ def test_it_takes_one_compilation(caplog):
     with jax.log_compiles():
         check_apply(model, PARAMS, X)
     compiled = [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
-    assert len([message for message in compiled if "lambda" in message or "model" in message]) == 1
-    assert traces.count((2, 3)) == 2  # for the shapes, and for the program
-    assert (5, 3) in traces
+    assert len([message for message in compiled if "_together_and_alone" in message]) == 1
+    assert not [message for message in compiled if "lambda" in message or "model" in message]
+    assert set(traces) == {(1, 3), (5, 3)}
+    traces.clear()
+    check_apply(model, init(1), batch(1, 5))
+    assert traces == [(1, 3)]  # whether it is the function that it was
 
 
 def test_only_a_few_rows_are_moved(monkeypatch):
@@ -404,7 +452,7 @@ def test_what_apply_fn_closes_over_may_be_traced():
 def test_what_is_remembered_is_bounded():
     for _ in range(2):
         for _ in range(entk._independence.MAX_PASSED):
-            entk._independence._remember(object())
+            entk._independence.remember(object())
         assert len(entk._independence._PASSED) == entk._independence.MAX_PASSED
 
 

@@ -158,7 +158,7 @@ def test_compiled_once_and_under_jit():
         (
             lambda params, data: jnp.log(squared(params, data).mean()),
             ValueError,
-            r"on the first two examples, .* on each alone",
+            r"on 6 examples together and .* on average on each of them alone",
         ),
     ],
 )

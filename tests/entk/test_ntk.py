@@ -212,7 +212,8 @@ def test_memory_foreseen(monkeypatch, x2, microbatch_size, numbers):
     assert sum(leaf.size for leaf in PARAMS.values()) == 26
     monkeypatch.setattr(entk._checks, "available_bytes", lambda: 8 * numbers - 1)
     with pytest.raises(
-        MemoryError, match=r"GiB and .* GiB are available\. Pass a smaller microbatch_size, or use ntk_v"
+        MemoryError,
+        match=r"GiB and .* are available\. .*\d of the 6 examples.* would fit\. Pass a smaller microbatch_size, or use",
     ):
         empirical_ntk(apply_fn, PARAMS, X_S, x2, strategy=FullJacobian(microbatch_size))
     monkeypatch.setattr(entk._checks, "available_bytes", lambda: 8 * numbers)
@@ -223,7 +224,7 @@ def test_memory_foreseen(monkeypatch, x2, microbatch_size, numbers):
 def test_the_memory_foreseen_is_the_memory_the_program_takes(monkeypatch, microbatch_size):
     params, x = init(9, inputs=64, width=64, outputs=3), batch(9, 64, inputs=64)
     foreseen = []
-    monkeypatch.setattr(entk._full_jacobian, "check_fits", lambda num_bytes, *_: foreseen.append(num_bytes))
+    monkeypatch.setattr(entk._full_jacobian, "check_fits", lambda num_bytes, *_, **__: foreseen.append(num_bytes))
     empirical_ntk(apply_fn, params, x, x, strategy=FullJacobian(microbatch_size))
     account = entk._full_jacobian._kernel.lower(apply_fn, params, x, x, microbatch_size).compile().memory_analysis()
     if account is None:
