@@ -50,14 +50,15 @@ def check_leaf(leaf: Any, where: str) -> None:
     for library, remedy in REMEDIES.items():
         if _comes_from(type(leaf), library):
             raise TypeError(f"{where} is a {_full_name(type(leaf))}, but must be an array of JAX or NumPy: {remedy}.")
-    if not isinstance(leaf, numbers.Number) and not hasattr(leaf, "dtype"):
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None and not isinstance(leaf, numbers.Number):
         raise TypeError(
             f"{where} is {_short(leaf)}, not an array: split it off and close apply_fn over it, e.g. with "
             "equinox.partition or flax.nnx.split."
         )
-    if getattr(leaf.dtype if hasattr(leaf, "dtype") else None, "kind", "f") in "OSUMm":
+    if getattr(dtype, "kind", "f") in "OSUMm":
         raise TypeError(
-            f"{where} is an array of dtype {leaf.dtype}, but must hold numbers: encode text and categories as integers "
+            f"{where} is an array of dtype {dtype}, but must hold numbers: encode text and categories as integers "
             "or one-hot rows, and turn arrays of arrays into one by jnp.stack."
         )
 

@@ -51,33 +51,32 @@ class Layout(NamedTuple):
 class Structured:
     """Contracts activations and cotangents of the products that use each parameter; the default strategy.
 
-        For every leaf the cheapest of `contractions` by its count of multiply-adds; leaves whose use is not understood are
-        differentiated by autodiff and contracted as Jacobian blocks. `plan` says what was chosen.
+    For every leaf the cheapest of `contractions` by its count of multiply-adds; leaves whose use is not understood are
+    differentiated by autodiff and contracted as Jacobian blocks. `plan` says what was chosen.
 
-        Args:
-          workspace_bytes: memory to use besides the kernel itself; blocks of examples are made so small that it suffices.
-            A fixed number, not what happens to be free: equal calls do equal work in equal order.
-          contractions: ways to choose from, for leaves whose uses were found.
-          precision: of the contraction's products, as `jax.lax.Precision`. Lower ones (`"tensorfloat32"`) are faster on
-            accelerators; K is then symmetric and positive semi-definite to fewer digits.
+    Args:
+      workspace_bytes: memory to use besides the kernel itself; blocks of examples are made so small that it suffices.
+        A fixed number, not what happens to be free: equal calls do equal work in equal order.
+      contractions: ways to choose from, for leaves whose uses were found.
+      precision: of the contraction's products, as `jax.lax.Precision`. Lower ones (`"tensorfloat32"`) are faster on
+        accelerators; K is then symmetric and positive semi-definite to fewer digits.
 
-        Returns:
-          A strategy for `empirical_ntk`.
+    Returns:
+      A strategy for `empirical_ntk`.
 
-        Raises:
-          TypeError, ValueError: a workspace that is not a whole number, no contractions.
-          MemoryError: from `empirical_ntk`, where one example needs more than the workspace.
+    Raises:
+      TypeError, ValueError: a workspace that is not a whole number, no contractions.
+      MemoryError: from `empirical_ntk`, where one example needs more than the workspace.
 
-        Cost: see `plan`. In blocks, the examples of the columns are differentiated anew for every block of rows.
+    Cost: see `plan`. In blocks, the examples of the columns are differentiated anew for every block of rows.
 
-        Example:
-          >>> import jax.numpy as jnp
-    import numpy as np
-          >>> from entk import PositionPairs, Structured, empirical_ntk
-          >>> frugal = Structured(workspace_bytes=2**20, contractions=(PositionPairs(),))
-          >>> empirical_ntk(lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), strategy=frugal)
-          Array([[1., 0.],
-                 [0., 1.]], dtype=float64)
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entk import PositionPairs, Structured, empirical_ntk
+      >>> frugal = Structured(workspace_bytes=2**20, contractions=(PositionPairs(),))
+      >>> empirical_ntk(lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), strategy=frugal)
+      Array([[1., 0.],
+             [0., 1.]], dtype=float64)
     """
 
     workspace_bytes: int = 2**31

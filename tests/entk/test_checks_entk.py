@@ -105,7 +105,8 @@ def test_mixed_examples_are_refused(case):
 
 PLACED = (
     r"output \d of example \d+ of \w+ is .* in a batch of \d+ and .* alone( at parameters moved by 0.001)? "
-    r"\(rounding explains .*\): it must treat examples independently, wherever they are in the batch\. .*deterministic=True, model\.eval\(\).* a leaf of x"
+    r"\(rounding explains .*\): it must treat examples independently, wherever they are in the batch\. "
+    r".*deterministic=True, model\.eval\(\).* a leaf of x"
 )
 KEY = jax.random.key(0)
 PLACE_DEPENDENT = {
