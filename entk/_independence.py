@@ -185,13 +185,13 @@ def _check_rows(
         raise ValueError(
             f"loss_fn gives {found[0]} on {size} examples together and {found[1]} on average on each of them alone"
             f"{where} (rounding explains {allowed[output]:.2g}): a scalar loss must be the mean over examples that do "
-            "not see each other. No sum; no mean over tokens of all sequences together, which weighs examples by what else is "
-            "in the batch; no batch statistics. Return one loss an example, (n,), weighted as it should count."
+            "not see each other. No sum; no mean over tokens of all sequences together, which weighs examples by what "
+            "else is in the batch; no batch statistics. Return one loss an example, (n,), weighted as it should count."
         )
     raise ValueError(
         f"output {output} of example {row} of {name} is {found[0]} in a batch of {size} and {found[1]} alone{where} "
-        f"(rounding explains {allowed[output]:.2g}): it must treat examples independently, wherever they are in the batch. "
-        "Dropout and other noise with one key for the batch: choose the evaluation mode (deterministic=True, "
+        f"(rounding explains {allowed[output]:.2g}): it must treat examples independently, wherever they are in the "
+        "batch. Dropout and other noise with one key for the batch: choose the evaluation mode (deterministic=True, "
         "model.eval(), inference mode), or make the keys a leaf of x, one an example. Anything else that depends on "
         "the place, such as jnp.arange(len(x)): make it a leaf of x."
     )

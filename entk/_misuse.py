@@ -96,7 +96,7 @@ def check_function(function: Any, name: str) -> None:
 
 def explain_call(function: Callable, params: PyTree, x: PyTree, name: str, error: Exception) -> None:
     """Raises what is known of a call that failed: arguments that are exchanged, a list of examples."""
-    if _works(function, x, params):
+    if all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(params)) and _works(function, x, params):
         raise TypeError(
             f"params and {name} seem to be exchanged: apply_fn works on ({name}, params) and not on (params, {name}). "
             f"Write (apply_fn, params, {name})."

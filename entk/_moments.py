@@ -61,7 +61,7 @@ def gradient_moments(
 
     Args:
       loss_fn: pure function `(params, batch) -> losses` of shape (n,), one an example, or their mean, a scalar. It has
-        to treat examples independently. Static, so define it once.
+        to treat examples independently, wherever they are in the batch. It is compiled once for what it closes over.
       params: pytree whose floating-point leaves share one dtype; others are constants, with float0 moments.
       batch: pytree of arrays with n rows, e.g. `(x, y)`.
       microbatch_size: examples differentiated at once; a remainder is allowed. None chooses for about 64 MiB.
@@ -71,13 +71,14 @@ def gradient_moments(
 
     Raises:
       TypeError, ValueError: parameters or losses of other kinds than above; a scalar loss that is not the mean over
-        examples, a loss that mixes them.
+        examples (a mean over the tokens of all sequences is none), a loss that mixes them or depends on their place.
+        Both are looked for where values are at hand: not inside `jax.jit`.
 
     Errors: a leaf used once an example subtracts n ḡ² from Σ g_i², so its result carries a rounding error of about
     ε Σ g_i² (clipped at zero): harmless unless |ḡ| is 1/√ε times the spread.
 
-    Cost: one forward and backward pass, and one more product a dense leaf. Memory: microbatch_size examples'
-    intermediate results and gradients of leaves with many positions, four copies of params.
+    Cost: two forward passes to check the loss, one forward and backward pass, and one more product a dense leaf.
+    Memory: microbatch_size examples' intermediate results and gradients of leaves with many positions, four copies of params.
 
     Example:
       >>> import jax.numpy as jnp
