@@ -34,7 +34,7 @@ class NtkBlocks(Sequence):
     and taken up again anywhere.
 
     Args:
-      apply_fn, params, x1, x2: as for `empirical_ntk`.
+      apply_fn, params, x1, x2: as for `empirical_ntk`; of all blocks, apply_fn as it is now, as in `NtkOperator`.
       block_size: examples of x1 and of x2 in one block, c·block_size rows and columns; smaller at the end.
       strategy: how each block is computed, as for `empirical_ntk`.
 

@@ -56,8 +56,8 @@ def jacobian(
 
     Args:
       apply_fn: pure function `(params, x) -> (n, c)` or `(n,)` that treats examples independently; outputs of any
-        trailing shape are flattened by rows. It is a static argument of a jitted function: define it once, a new lambda
-        at every call compiles anew.
+        trailing shape are flattened by rows. It is compiled once for what it closes over: define it once, a new lambda
+        at every call compiles anew, and so does one that reads what has changed (a flag, an array, statistics).
       params: pytree whose floating-point leaves, p scalars in all, share one dtype. Integers, booleans and random keys
         are constants without columns. `jax.lax.stop_gradient` inside apply_fn freezes a parameter (columns of zeros),
         closing over it takes it out.
@@ -70,14 +70,16 @@ def jacobian(
 
     Raises:
       TypeError, ValueError: outputs without a row for each example, outputs of an example that change with another
-        one, mixed or complex dtypes, zero examples.
+        one or with its place in the batch, mixed or complex dtypes, zero examples, objects of other libraries.
       MemoryError: the Jacobian would not fit; nothing has been allocated then.
 
-    Not supported: models that mix examples, such as batch normalisation in training mode; complex parameters. The
-    former is looked for on two examples, once for an apply_fn, where values are at hand: not while JAX traces.
+    Not supported: models that mix examples, such as batch normalisation in training mode, or that tell them apart by
+    their place, such as dropout with one key; complex parameters. The former are looked for at every call, by comparing
+    the outputs of the batch with those of each example alone, where values are at hand: not while JAX traces (inside
+    `jax.jit`, `jax.vmap`, ...). Of a batch whose intermediate results exceed about 256 MiB its first rows are compared.
 
-    Cost: c vector-Jacobian products an example. 2·n·c·p numbers while the blocks of the parameter arrays are joined, of
-    which n·c·p stay; with a microbatch_size b that divides n, (n + 2·b)·c·p. Products run at full precision unless
+    Cost: one trace and two evaluations of apply_fn, and c vector-Jacobian products an example. 2·n·c·p numbers while
+    the blocks of the parameter arrays are joined, of which n·c·p stay; with a microbatch_size b that divides n, (n + 2·b)·c·p. Products run at full precision unless
     `jax.default_matmul_precision` says otherwise.
 
     Example:

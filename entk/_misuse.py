@@ -50,12 +50,12 @@ def check_leaf(leaf: Any, where: str) -> None:
     for library, remedy in REMEDIES.items():
         if _comes_from(type(leaf), library):
             raise TypeError(f"{where} is a {_full_name(type(leaf))}, but must be an array of JAX or NumPy: {remedy}.")
-    if not isinstance(leaf, numbers.Number) and not hasattr(leaf, "dtype"):
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None and not isinstance(leaf, numbers.Number):
         raise TypeError(
             f"{where} is {_short(leaf)}, not an array: split it off and close apply_fn over it, e.g. with "
             "equinox.partition or flax.nnx.split."
         )
-    dtype = getattr(leaf, "dtype", None)
     if getattr(dtype, "kind", "f") in "OSUMm":
         raise TypeError(
             f"{where} is an array of dtype {dtype}, but must hold numbers: encode text and categories as integers "
@@ -96,7 +96,7 @@ def check_function(function: Any, name: str) -> None:
 
 def explain_call(function: Callable, params: PyTree, x: PyTree, name: str, error: Exception) -> None:
     """Raises what is known of a call that failed: arguments that are exchanged, a list of examples."""
-    if _works(function, x, params):
+    if all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(params)) and _works(function, x, params):
         raise TypeError(
             f"params and {name} seem to be exchanged: apply_fn works on ({name}, params) and not on (params, {name}). "
             f"Write (apply_fn, params, {name})."

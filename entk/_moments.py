@@ -65,7 +65,7 @@ def gradient_moments(
 
     Args:
       loss_fn: pure function `(params, batch) -> losses` of shape (n,), one an example, or their mean, a scalar. It has
-        to treat examples independently. Static, so define it once.
+        to treat examples independently, wherever they are in the batch. It is compiled once for what it closes over.
       params: pytree whose floating-point leaves share one dtype; others are constants, with float0 moments.
       batch: pytree of arrays with n rows, e.g. `(x, y)`.
       microbatch_size: examples differentiated at once; a remainder is allowed. None chooses for about 64 MiB.
@@ -75,15 +75,16 @@ def gradient_moments(
 
     Raises:
       TypeError, ValueError: parameters or losses of other kinds than above; a scalar loss that is not the mean over
-        examples, a loss that mixes them.
+        examples (a mean over the tokens of all sequences is none), a loss that mixes them or depends on their place.
+        Both are looked for where values are at hand: not inside `jax.jit`.
 
     Errors: a leaf that is multiplied once per example subtracts n ḡ² from Σ g_i² (n of a microbatch), so its result
     carries a rounding error of about ε Σ g_i² (clipped at zero): harmless unless |ḡ| is 1/√ε times the spread. All
     others sum squares of deviations.
 
-    Cost: one forward and backward pass, and one more product per dense leaf; per table a few passes over the rows that
-    are taken, sorted within each example that takes several. Memory: the two results, and intermediate results of
-    microbatch_size examples; for leaves other than tables also microbatch_size gradients of those that take
+    Cost: two forward passes to check the loss, one forward and backward pass, and one more product per dense leaf; per
+    table a few passes over the rows that are taken, sorted within each example that takes several. Memory: the two
+    results, and intermediate results of microbatch_size examples; for leaves other than tables also microbatch_size gradients of those that take
     per-example gradients, and with several microbatches two more copies.
 
     Example:

@@ -32,7 +32,8 @@ def empirical_ntk(
 
     Args:
       apply_fn: pure function `(params, x) -> (n, ...)` that treats examples independently; c outputs an example, of any
-        shape, flattened by rows. Static, so define it once.
+        shape, flattened by rows. It is compiled once for what it closes over: define it once, and where a flag, an
+        array or statistics that it reads have changed, it is compiled anew.
       params: pytree whose floating-point leaves, p scalars in all, share one dtype; other leaves are constants.
       x1: inputs of the rows, n₁ examples.
       x2: inputs of the columns, n₂ examples; None means x1, and then one triangle is computed.
@@ -46,9 +47,11 @@ def empirical_ntk(
       of params, or float32 where that is shorter. Sharded examples give sharded rows, see `sharded_ntk`.
 
     Raises:
-      TypeError, ValueError: as `jacobian`; also when x1 and x2 differ in their number of outputs, or x2 is
-        sharded by examples and x1 is not.
+      TypeError, ValueError: as `jacobian`; also when x1 and x2 differ in their features or their number of outputs, or
+        x2 is sharded by examples and x1 is not.
       MemoryError: K would not fit, or one example exceeds the strategy's budget; nothing has been allocated then.
+
+    Not supported: models that mix examples; what is looked for, and when, is told in `jacobian`.
 
     Cost: see `plan`; at most 2·n₁c·n₂c·p operations and the strategy's `workspace_bytes` beside the kernel. Products
     run at full precision: the model's unless `jax.default_matmul_precision` says otherwise, the contraction's unless

@@ -34,7 +34,9 @@ class NtkOperator:
 
     Args:
       apply_fn: pure function `(params, x) -> (n, ...)` that treats examples independently; c outputs an example, of any
-        shape, flattened by rows. Static, so define it once.
+        shape, flattened by rows. The operator is this function as it is when the operator is made: where a flag, an
+        array or statistics that it reads change later, products that have been compiled go on as before, and one for
+        which a program would have to be made of the changed function is refused.
       params: pytree whose floating-point leaves, p scalars in all, share one dtype; other leaves are constants.
       x1: inputs of the rows, n₁ examples.
       x2: inputs of the columns, n₂ examples; None means x1, and then the operator is symmetric and PSD.
@@ -50,9 +52,10 @@ class NtkOperator:
     Raises:
       TypeError, ValueError: as `empirical_ntk`; a preconditioner of another structure, shape or dtype than params, or,
         where its values are known, with entries that are negative or not finite; sizes that are not positive.
+      RuntimeError: from a product, where apply_fn has changed since and a new program is needed.
 
-    Cost: nothing is computed here. A product takes about four forward passes a vector and holds
-    min(r, probe_batch_size) copies of params, twice as many with a microbatch_size, beside the activations of
+    Cost: here only the checks, one trace and two evaluations of apply_fn. A product takes about four forward passes a
+    vector and holds min(r, probe_batch_size) copies of params, twice as many with a microbatch_size, beside the activations of
     microbatch_size examples.
 
     Example:

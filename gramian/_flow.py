@@ -118,7 +118,8 @@ def gradient_flow(
 
     Args:
       apply_fn: pure function `(params, x) -> (n, c)` or `(n,)` that treats examples independently. It is compiled in:
-        define it once, outside of loops.
+        define it once, outside of loops. The flow, and what is asked of it later, is that of the function as it is now;
+        this holds for the loss and observables of your own, too.
       params: pytree of floating-point arrays of one dtype, p scalars: w(t0).
       x_s: training inputs, n examples.
       loss: convex loss of the outputs, e.g. `squared_loss(y_s)`.

@@ -213,7 +213,7 @@ def test_memory_foreseen(monkeypatch, x2, microbatch_size, numbers):
     monkeypatch.setattr(entk._checks, "available_bytes", lambda: 8 * numbers - 1)
     with pytest.raises(
         MemoryError,
-        match=r"GiB and .* are available\. .*\d of the 6 examples.* would fit\. Pass a smaller microbatch_size, or use",
+        match=r"GiB are available\. .*\d of the 6 examples.* would fit\. Pass a smaller microbatch_size, or use",
     ):
         empirical_ntk(apply_fn, PARAMS, X_S, x2, strategy=FullJacobian(microbatch_size))
     monkeypatch.setattr(entk._checks, "available_bytes", lambda: 8 * numbers)
