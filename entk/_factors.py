@@ -122,11 +122,11 @@ class FactoredModel:
             cotangents, blocks = map_examples(pull, jnp.eye(self.num_outputs, dtype=out.dtype), None)
         blocks = dict(zip(by_autodiff, blocks, strict=True))
 
-        def joined(uses: tuple[Use, ...]) -> Factors | None:
+        def join(uses):
             return _join(uses, activations, cotangents, jnp.promote_types(self.dtype, jnp.float32))
 
         return [
-            (joined(part.uses), joined(part.mirrored))
+            (join(part.uses), join(part.mirrored))
             if part.uses
             else blocks[part.leaves[0]].reshape(self.num_outputs, -1)
             for part in self.parts

@@ -78,9 +78,9 @@ def jacobian(
     the outputs of the batch with those of each example alone, where values are at hand: not while JAX traces (inside
     `jax.jit`, `jax.vmap`, ...). Of a batch whose intermediate results exceed about 256 MiB its first rows are compared.
 
-    Cost: one trace and two evaluations of apply_fn, and c vector-Jacobian products an example. 2·n·c·p numbers while
-    the blocks of the parameter arrays are joined, of which n·c·p stay; with a microbatch_size b that divides n, (n + 2·b)·c·p. Products run at full precision unless
-    `jax.default_matmul_precision` says otherwise.
+    Cost: one trace and two evaluations of apply_fn, and c vector-Jacobian products per example. 2·n·c·p numbers while
+    the blocks of the parameter arrays are joined, of which n·c·p stay; with a microbatch_size b that divides n,
+    (n + 2·b)·c·p. Products run at full precision unless `jax.default_matmul_precision` says otherwise.
 
     Example:
       >>> import jax.numpy as jnp

@@ -84,8 +84,8 @@ def gradient_moments(
 
     Cost: two forward passes to check the loss, one forward and backward pass, and one more product per dense leaf; per
     table a few passes over the rows that are taken, sorted within each example that takes several. Memory: the two
-    results, and intermediate results of microbatch_size examples; for leaves other than tables also microbatch_size gradients of those that take
-    per-example gradients, and with several microbatches two more copies.
+    results, and intermediate results of microbatch_size examples; for leaves other than tables also microbatch_size
+    gradients of those that take per-example gradients, and with several microbatches two more copies.
 
     Example:
       >>> import jax.numpy as jnp
