@@ -81,12 +81,12 @@ class Checkpoint:
             read = [(step, path, *read_save(path)) for step, path in reversed(folder.saves())]
             for *_, tree, _ in read:  # before anything is moved: another problem's are not ours to move
                 self._check_same(tree)
+            folder.clear()
             for step, path, tree, reason in read:
                 if tree is not None:
                     return _restored(integrator, state, tree)
                 kept = folder.set_aside(path)
                 print(f"checkpoint {step} in {folder.path} {reason}; it is kept as {kept}. Going back one.")
-            folder.clear()
         except BaseException:
             self.close()
             raise

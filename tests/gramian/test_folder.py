@@ -18,6 +18,7 @@ from training_problems import OPTIMIZERS, PARAMS, SOFTMAX, N, X, apply_fn, recor
 
 from gramian import Checkpoint, RealizedPath, Recorder, Recording, gradient_flow, minibatches, record_training
 from gramian._folder import Folder
+from gramian._stash import read_arrays
 
 BATCHES = minibatches(N, 4, 2)
 
@@ -387,6 +388,19 @@ def test_a_full_disk(write, tmp_path, monkeypatch):
             write(tmp_path)
     assert not list(tmp_path.rglob("*.partial"))
     write(tmp_path)
+
+
+def test_a_save_appears_whole(write, tmp_path, monkeypatch):
+    """While it is being written nothing stands under its name but what stood there before."""
+    plain, looks = np.save, []
+
+    def look(*args, **keywords):
+        looks.append([read_arrays(path) for path in tmp_path.rglob("*.save")])
+        plain(*args, **keywords)
+
+    monkeypatch.setattr(np, "save", look)
+    write(tmp_path)
+    assert looks
 
 
 def test_saves_of_another_run_are_not_moved(tmp_path):
