@@ -75,7 +75,8 @@ class RunAccount:
     @property
     def forced(self) -> tuple[float, float]:
         def share(sums, moved):
-            return ratio(np.linalg.norm(np.asarray(sums[-1], np.float64)), np.linalg.norm(moved))
+            part = np.linalg.norm(np.asarray(sums[-1], np.float64))
+            return ratio(part, np.linalg.norm(moved)) if part > 0 else 0.0
 
         return share(self.sums.moved, self.moved), share(self.sums.moved_q, self.moved_q)
 

@@ -253,7 +253,7 @@ for spec in (P(None), P("i")):
     ("settings", "message"),
     [
         ({"clean_loss": SQUARED}, "clean_loss is squared"),
-        ({"test_loss": softmax_cross_entropy(jnp.array([0, 1]))}, "2 examples and x_s holds 4"),
+        ({"test_loss": softmax_cross_entropy(jnp.array([0, 1]))}, "targets for 2 examples and x_q holds 4"),
         ({"num_products": 0}, "num_products=0"),
         ({"dense": False, "rank": 40}, "rank=40 exceeds"),
     ],
