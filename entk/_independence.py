@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
+from entk._jaxpr import intermediate_bytes
 from entk._params import differentiable
 from entk._pinned import Pinned, is_at_hand, pin
 
@@ -201,21 +202,7 @@ def _num_compared(apply_fn: Pinned, params: PyTree, x: PyTree) -> int:
     """Examples that may be run as one batch."""
     n = jnp.shape(jax.tree.leaves(x)[0])[0]
     closed = jax.make_jaxpr(lambda *args: apply_fn(*args))(params, one_row(x))
-    return min(n, max(2, WHOLE_BYTES // (4 * _largest_bytes(closed.jaxpr) + 1)))
-
-
-def _largest_bytes(jaxpr: Any) -> int:
-    """The largest intermediate result."""
-    largest = 0
-    for eqn in jaxpr.eqns:
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                largest = max(largest, _largest_bytes(inner) if hasattr(inner, "eqns") else 0)
-        for var in eqn.outvars:
-            itemsize = getattr(getattr(var.aval, "dtype", None), "itemsize", 0)
-            largest = max(largest, int(np.prod(getattr(var.aval, "shape", ()))) * itemsize)
-    return largest
+    return min(n, max(2, WHOLE_BYTES // (4 * intermediate_bytes(closed.jaxpr)[1] + 1)))
 
 
 def _rounded(tree: PyTree, seed: int) -> PyTree:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
 from entk._checks import ApplyFn, PyTree, check_apply_pair, pin_model
 from entk._contractions import Contraction
 from entk._jacobian import free_promotion
 from entk._structured import Structured, in_slices, matched, workspace
+from entk._text import as_text
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,7 @@ class Plan:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140)
-        console.print(self)
-        return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+        return as_text(self, width=140)
 
 
 def plan(

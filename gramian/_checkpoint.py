@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gramian._checks import check_seconds
 from gramian._fingerprint import differing, digests, program, text
 from gramian._folder import Folder, absolute
 from gramian._integrator import FlowState, Integrator, StepInfo
@@ -38,7 +39,7 @@ class Checkpoint:
       every_seconds: least time between two saves; the end of the run is always saved.
 
     Raises:
-      TypeError, ValueError: no path.
+      TypeError, ValueError: no path; every_seconds that is negative or no number.
 
     Example:
       >>> import tempfile, jax.numpy as jnp
@@ -60,6 +61,7 @@ class Checkpoint:
 
     def __post_init__(self):
         self.directory = absolute(self.directory)
+        self.every_seconds = check_seconds(self.every_seconds)
 
     def restore(
         self, integrator: Integrator, state: FlowState, t1: float, save_at: tuple[float, ...]

@@ -27,6 +27,14 @@ def check_real(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_seconds(every_seconds: Any) -> float:
+    """Least time between two saves."""
+    seconds = check_real("every_seconds", every_seconds)
+    if not seconds >= 0:
+        raise ValueError(f"every_seconds={seconds} must not be negative: 0 saves whenever there is something to save.")
+    return seconds
+
+
 def check_times(t0: float, t1: float, save_at: Iterable[float] = ()) -> tuple[float, float, tuple[float, ...]]:
     """Returns the times as Python floats: integers and NumPy's numbers are the same times."""
     if not isinstance(save_at, Iterable) or isinstance(save_at, str):

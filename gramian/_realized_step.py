@@ -12,7 +12,6 @@ for SGD and Adam, η/(1−β) for heavy-ball momentum.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from entk._jacobian import model_precision
+from entk._jacobian import map_examples, model_precision
 from gramian._frozen_update import FrozenUpdate
 from gramian._losses import OutputLoss, block_product
 from gramian._training_steps import TrainState, batch_gradient
@@ -132,8 +131,8 @@ def take(apply_fn: Any, update: FrozenUpdate, data: Data, shared: Shared, probes
     (updates, after), (response, ones) = update(
         grads, opt_state, params, jax.tree.map(jnp.ones_like, grads), shared.ones, extras
     )
-    steps, history = jax.vmap(follow)(*probes)
-    forced_steps, forced_history = jax.vmap(partial(follow, forced=True))(*shared.forced)
+    steps, history = map_examples(lambda probe: follow(*probe), probes, None)
+    forced_steps, forced_history = map_examples(lambda probe: follow(*probe, forced=True), shared.forced, None)
     response = jax.tree.map(jnp.negative, response)
     moves = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), steps, forced_steps)
     state = TrainState(optax.apply_updates(params, updates), after)
@@ -164,7 +163,10 @@ def carry(
 
     def push(x, moves):
         def at(w):
-            return jax.vmap(lambda dw: jax.jvp(lambda w: rows(apply_fn, w, x), (w,), (dw,))[1].reshape(-1))(moves)
+            def along(dw):
+                return jax.jvp(lambda w: rows(apply_fn, w, x), (w,), (dw,))[1].reshape(-1)
+
+            return map_examples(along, moves, None)
 
         return averaged(at)
 

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array
 
 from entk._checks import check_count
-from gramian._checks import check_real
+from gramian._checks import check_seconds
 from gramian._fingerprint import differing, digests, program
 from gramian._folder import Folder, absolute
 from gramian._frozen_update import ExtraArgs, FrozenUpdate
@@ -120,9 +120,7 @@ class Recorder:
         self.directory = absolute(self.directory)
         self.every = check_count("every", self.every)
         self.save_bytes = check_count("save_bytes", self.save_bytes)
-        self.every_seconds = check_real("every_seconds", self.every_seconds)
-        if not self.every_seconds >= 0:
-            raise ValueError(f"every_seconds={self.every_seconds} must not be negative: 0 saves at every kept state.")
+        self.every_seconds = check_seconds(self.every_seconds)
 
     def __enter__(self) -> Recorder:
         self._stack = contextlib.ExitStack()
@@ -546,9 +544,13 @@ def _stop_where_lost(
         said = f"{names_of_lost(finite_leaves(state), after)} holds NaN or infinite values after it"
     else:
         said = "the loss of its batch is NaN or infinite"
+    kept = "No step before it can be used, and none is recorded"
+    if step + good:
+        kept = (
+            f"The steps up to {step + good} are recorded in {recorder.directory}, for Recording(directory, ...) to open"
+        )
     raise FloatingPointError(
-        f"the run leaves the finite numbers at step {step + bad + 1}: {said}. The steps up to {step + good} are "
-        f"recorded in {recorder.directory}, for Recording(directory, ...) to open. Lower the learning rate, clip "
+        f"the run leaves the finite numbers at step {step + bad + 1}: {said}. {kept}. Lower the learning rate, clip "
         f"gradients by their norm, or look at the examples of that step, {np.asarray(batches[bad])[:8].tolist()}."
     )
 

@@ -13,8 +13,11 @@ from matplotlib.backend_bases import FigureCanvasBase
 from rich.console import Console, Group
 from rich.table import Table
 
+from entk._text import as_text
 from gramian._cells import Cell
 from gramian._identities import Identity
+
+WIDTH = 118
 
 
 class Shown:
@@ -27,15 +30,12 @@ class Shown:
         return Group(*self.tables())
 
     def __repr__(self) -> str:
-        return self._render().export_text()
+        return as_text(self, WIDTH)
 
     def _repr_html_(self) -> str:
-        return self._render().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-
-    def _render(self) -> Console:
-        console = Console(record=True, width=118, file=io.StringIO(), force_jupyter=False)
+        console = Console(record=True, width=WIDTH, file=io.StringIO(), force_jupyter=False)
         console.print(self)
-        return console
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 def summary_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:

@@ -308,3 +308,9 @@ def test_saves_are_as_seldom_as_asked(tmp_path):
     folder = tmp_path / "made" / "if" / "missing"
     flow = gradient_flow(*problem("squared"), **SETTINGS, checkpoint=Checkpoint(folder, every_seconds=1e6))
     assert saves(folder) == [flow.num_steps]
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), -1.0, "1", True])
+def test_times_between_saves_are_checked(tmp_path, seconds):
+    with pytest.raises((TypeError, ValueError), match="every_seconds="):
+        Checkpoint(tmp_path, every_seconds=seconds)

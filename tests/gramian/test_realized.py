@@ -255,3 +255,20 @@ def test_bad_arguments(tmp_path):
         RealizedOperator(RealizedPath(run), "jacobian")
     with pytest.raises(ValueError, match=r"\(35,\).*\(36,\)"):
         RealizedOperator(RealizedPath(run), "gramian").mv(np.ones(35))
+
+
+def test_a_model_that_jax_cannot_batch(tmp_path):
+    """A layer in `jax.lax.ragged_dot`, against the same layer as a product."""
+    batches = minibatches(N, 4, 2)
+
+    def grouped(params, x):
+        sizes = jnp.array([len(x)], jnp.int32)
+        return jax.lax.ragged_dot(jnp.tanh(x @ params["a"]), params["b"][None], sizes)
+
+    sums = []
+    for name, model in (("grouped", grouped), ("plain", apply_fn)):
+        recorder = Recorder(tmp_path / name)
+        _, run = record_training(model, PARAMS, X, SOFTMAX, OPTIMIZERS["adam"], batches, recorder)
+        sums.append(RealizedPath(run, X_Q).forward(np.eye(N * OUTPUTS)[:2]).sums)
+    for one, other in zip(*map(jax.tree.leaves, sums), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
