@@ -78,8 +78,8 @@ def jacobian(
     `jax.jit`, `jax.vmap`, ...). Of a batch whose intermediate results exceed about 256 MiB its first rows are compared.
 
     Cost: one trace and two evaluations of apply_fn, and c vector-Jacobian products an example. 2·n·c·p numbers while
-    the blocks of the parameter arrays are joined, of which n·c·p stay; with a microbatch_size b that divides n, (n + 2·b)·c·p. Products run at full precision unless
-    `jax.default_matmul_precision` says otherwise.
+    the blocks of the parameter arrays are joined, of which n·c·p stay; with a microbatch_size b that divides n, (n +
+    2·b)·c·p. Products run at full precision unless `jax.default_matmul_precision` says otherwise.
 
     Example:
       >>> import jax.numpy as jnp

@@ -78,7 +78,8 @@ def gradient_moments(
     ε Σ g_i² (clipped at zero): harmless unless |ḡ| is 1/√ε times the spread.
 
     Cost: two forward passes to check the loss, one forward and backward pass, and one more product a dense leaf.
-    Memory: microbatch_size examples' intermediate results and gradients of leaves with many positions, four copies of params.
+    Memory: microbatch_size examples' intermediate results and gradients of leaves with many positions, four copies of
+    params.
 
     Example:
       >>> import jax.numpy as jnp

@@ -55,8 +55,8 @@ class NtkOperator:
       RuntimeError: from a product, where apply_fn has changed since and a new program is needed.
 
     Cost: here only the checks, one trace and two evaluations of apply_fn. A product takes about four forward passes a
-    vector and holds min(r, probe_batch_size) copies of params, twice as many with a microbatch_size, beside the activations of
-    microbatch_size examples.
+    vector and holds min(r, probe_batch_size) copies of params, twice as many with a microbatch_size, beside the
+    activations of microbatch_size examples.
 
     Example:
       >>> import jax.numpy as jnp
