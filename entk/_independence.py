@@ -60,6 +60,7 @@ def check_independent(
     if not all(map(_may_be_run, jax.tree.leaves((params, x)))) or not is_at_hand(_control()):
         return
     apply_fn = pin(apply_fn, (params, one_row(x)))
+    params, x = _in_one_place((params, x))
     one_kind, whole = (apply_fn, kind(params), kind(x, 1)), (apply_fn, kind(params), kind(x))
     if not is_mean and one_kind not in _PASSED:
         change = _largest_change(apply_fn, params, x)
@@ -148,6 +149,14 @@ def _outputs(apply_fn: Pinned, size: int, params: PyTree, x: PyTree, *control: A
         together, alone = jax.device_get(_together_and_alone(apply_fn, size, params, x, _control(*control)))
     wide = np.promote_types(together.dtype, np.float32)
     return together.astype(wide), alone.astype(wide)
+
+
+def _in_one_place(tree: PyTree) -> PyTree:
+    """For one program: arrays that are committed to different devices are taken to the host."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and leaf.committed]
+    if len({frozenset(leaf.sharding.device_set) for leaf in arrays}) <= 1:
+        return tree
+    return jax.tree.map(lambda leaf: leaf if _is_key(leaf) else jax.device_get(leaf), tree)
 
 
 # ---------------------------------------------------------------------------------------------------- the whole batch
