@@ -553,13 +553,13 @@ def test_parameter_sized_arrays_in_the_state(tx, inner, more):
     assert arrays_like_the_parameters(tx) == arrays_like_the_parameters(inner) + more
 
 
-def test_the_rest_of_the_state_is_a_counter_and_a_small_summary():
+def test_the_rest_of_the_state_is_a_counter_a_small_summary_and_its_names():
     def num_leaves(tx):
         return len(jax.tree.leaves(jax.eval_shape(tx.init, jnp.zeros((7, 11)))))
 
     plain = num_leaves(optax.adamw(0.1))
     assert num_leaves(poprisk_adamw(0.1, summary=None)) == plain + 1 + 1
-    assert num_leaves(poprisk_adamw(0.1)) == plain + 1 + 1 + 1
+    assert num_leaves(poprisk_adamw(0.1)) == plain + 1 + 1 + 2
 
 
 def test_bfloat16_parameters_with_a_float32_state_follow_float32():
