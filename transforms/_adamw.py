@@ -140,7 +140,8 @@ def poprisk_adamw(
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        steps, state = tx.update(_wide(updates), state, _wide(params), **extra_args)
+        with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a float to an integer power
+            steps, state = tx.update(_wide(updates), state, _wide(params), **extra_args)
         return jax.tree.map(lambda step, grad: step.astype(jnp.result_type(grad)), steps, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

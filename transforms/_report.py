@@ -148,7 +148,7 @@ def gate_report(state: Any) -> GateReport:
     >>> print(f"{report.total.open_fraction:.2f} open, {report.total.noise_open_fraction:.2f} expected on noise")
     0.33 open, 0.32 expected on noise
     """
-    gates = [g for g in jax.tree.leaves(state, is_leaf=_is_gate) if _is_gate(g)]
+    gates = gates_of(state)
     if not gates:
         raise ValueError(
             f"No gate in this state, a {type(state).__name__}: pass the state of an optimizer that contains "
@@ -172,8 +172,11 @@ def gate_report(state: Any) -> GateReport:
     return GateReport(int(max(steps)), layers, total, _warnings(total))
 
 
-def _is_gate(node: Any) -> bool:
-    return isinstance(node, PopriskGateState)
+def gates_of(state: Any) -> list[PopriskGateState]:
+    """What `gate_report` reads of a state: its gates, without what they estimate and wrap."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, PopriskGateState))
+    gates = [node for node in nodes if isinstance(node, PopriskGateState)]
+    return [gate._replace(statistic_state=None, inner_state=None) for gate in gates]
 
 
 def _layer(name: str, leaves: list[LeafSummary]) -> LayerReport:

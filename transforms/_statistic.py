@@ -191,20 +191,18 @@ def zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=compute_dtype(p) if dtype is None else dtype), params)
 
 
-def squared_deviation(grad: ArrayLike, mean: jax.Array, variance: jax.Array) -> jax.Array:
-    """(g - m)², capped so that no average of such squares overflows; 0 where g is not finite."""
+def squared_deviation(grad: ArrayLike, mean: jax.Array, variance: jax.Array, scale: ArrayLike = 1.0) -> jax.Array:
+    """scale (g - m)², capped so that no average of such squares overflows."""
     dtype = compute_dtype(grad, mean, variance)
-    grad, mean = jnp.asarray(grad, dtype), mean.astype(dtype)
-    most = float(jnp.finfo(compute_dtype(variance)).max) / 4
-    return jnp.minimum(jnp.square(jnp.where(jnp.isfinite(grad), grad - mean, 0)), most)
+    square = jnp.asarray(scale, dtype) * jnp.square(jnp.asarray(grad, dtype) - mean.astype(dtype))
+    return jnp.minimum(square, float(jnp.finfo(compute_dtype(variance)).max) / 4)
 
 
 def ema(values: Any, averages: Any, decay: ArrayLike, step: jax.Array, where: Any) -> tuple[Any, Any]:
-    """One step of an exponential moving average over a tree: (raw, to be stored; bias-corrected, to be used).
+    """One step of an exponential moving average over a tree: (raw, as stored; bias-corrected, to be used).
 
-    Where `where` (a tree, or one boolean) is false the average stays as it was. The corrected average is taken from the
-    raw one before that is rounded to its storage dtype; written so, a compiled step reads each old average once and
-    updates it in place.
+    Where `where` (a tree, or one boolean) is false the average stays as it was. The corrected average is taken from
+    what is stored; written so, a compiled step reads each old average once and updates it in place.
     """
 
     def raw(value: ArrayLike, average: jax.Array, moves: jax.Array) -> jax.Array:
@@ -212,11 +210,13 @@ def ema(values: Any, averages: Any, decay: ArrayLike, step: jax.Array, where: An
         old, average = safe_decay(decay, dtype), average.astype(dtype)
         return jnp.where(moves, old * average + (1 - old) * jnp.asarray(value, dtype), average)
 
-    def corrected(raw: jax.Array) -> jax.Array:
-        return raw * (1 / one_minus_power(safe_decay(decay, raw.dtype), step))
+    def corrected(stored: jax.Array, value: ArrayLike) -> jax.Array:
+        dtype = compute_dtype(stored, value)
+        return stored.astype(dtype) * (1 / one_minus_power(safe_decay(decay, dtype), step))
 
     raws = jax.tree.map(raw, values, averages, jax.tree.broadcast(where, averages))
-    return rounded_like(raws, averages, step), jax.tree.map(corrected, raws)
+    stored = rounded_like(raws, averages, step)
+    return stored, jax.tree.map(corrected, stored, values)
 
 
 def rounded_like(values: Any, like: Any, step: jax.Array) -> Any:
@@ -239,9 +239,10 @@ def stochastically_rounded(value: jax.Array, step: jax.Array, salt: int) -> jax.
     index = jnp.full(value.shape, jnp.uint32(salt * 0x632BE5AB & 0xFFFFFFFF))
     for axis, multiplier in zip(range(value.ndim), itertools.cycle((0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)), strict=False):
         index += jax.lax.broadcasted_iota(jnp.uint32, value.shape, axis) * jnp.uint32(multiplier)
-    bits = _mixed(index + _mixed(step.astype(jnp.uint32) * jnp.uint32(0x27D4EB2F)))
+    bits = _mixed(index ^ _mixed(step.astype(jnp.uint32) * jnp.uint32(0x27D4EB2F)))
     exact = jax.lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32)
-    return jax.lax.bitcast_convert_type(((exact + (bits >> 16)) >> 16).astype(jnp.uint16), jnp.bfloat16)
+    cut = (exact + (bits >> 16)) & jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(cut, jnp.float32).astype(jnp.bfloat16)
 
 
 def _mixed(bits: jax.Array) -> jax.Array:

@@ -148,7 +148,7 @@ def summary_of(
     scale = sample.leaf_size / max(mean.size, 1)
     scalars = [
         sample.leaf_size,
-        scale * jnp.sum(q >= 0.5),
+        scale * jnp.sum(q >= 0.5, dtype=q.dtype),
         scale * jnp.sum(q),
         scale * jnp.sum(q * decrease),
         scale * jnp.sum(decrease),

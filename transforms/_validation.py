@@ -43,6 +43,14 @@ def check_decay(name: str, value: Any) -> None:
     _check_number(name, value, lambda x: x.astype(np.float32) < 1, rule, "0.9999999 is about the largest")
 
 
+def is_known(value: Any, holds: Callable[[np.ndarray], Any]) -> bool:
+    """Whether `holds(value)`, of a number rather than of a traced one, which may turn out to be anything."""
+    try:
+        return bool(np.all(holds(np.asarray(value))))
+    except jax.errors.TracerArrayConversionError:
+        return False
+
+
 def _check_number(name: str, value: Any, holds: Callable[[np.ndarray], Any], rule: str, remedy: str) -> None:
     try:
         number = np.asarray(value)
