@@ -14,7 +14,7 @@ from transforms._adam_statistics import adam_statistic
 from transforms._gate import check_statistic, poprisk_gate
 from transforms._masks import HardMask, Mask
 from transforms._reductions import PerScalar, Reduction
-from transforms._statistic import Statistic, compute_dtype
+from transforms._statistic import Statistic, compute_dtype, safe_decay
 from transforms._summary import Summary
 from transforms._thresholds import Threshold, TStatistic
 
@@ -113,6 +113,8 @@ def poprisk_adamw(
     _validation.check_state_dtype("mu_dtype", mu_dtype)
     _validation.check_decay("b1", b1)
     _validation.check_decay("b2", b2)
+    # Traced decays cannot be checked: the nearest number in range stands for them.
+    b1, b2 = (b if _validation.is_known(b, lambda b: True) else safe_decay(b, float) for b in (b1, b2))
     _validation.check_nonnegative("eps", eps, "use 1e-8, Adam's usual")
     _validation.check_nonnegative("eps_root", eps_root, "use 0, Adam's usual")
     remedy = "updates already point downhill; use e.g. 1e-3"

@@ -120,8 +120,8 @@ def gate_audit(
     Errors: splits share examples, so the interval is somewhat too narrow where n is small. It is conditional on params.
 
     Cost: num_splits (num_batches + n/2 examples' gradient). Memory of a batch's gradient, and eleven copies of params
-    with the default optimizers: params, gradient and mean gradient, five of the optimizers' states, and in the last step
-    of a split two steps and an intermediate result. Other optimizers hold their own states instead of the five.
+    with the default optimizers: params, gradient and mean gradient, five of the optimizers' states, and in the last
+    step of a split two steps and an intermediate result. Other optimizers hold their own states instead of the five.
 
     Source: Litman & Guo, arXiv:2605.01172; equation (9), with unseen examples in place of left-out ones.
 

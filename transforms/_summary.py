@@ -52,15 +52,30 @@ class Summary:
         """The coordinates of a leaf to be summarized, whose ungated update is `update`."""
 
         shape, size = mean.shape, mean.size
+        strides = [1] * mean.ndim
+        if self.sample is not None and size > self.sample:
+            strides = _strides(mean, math.ceil((size / self.sample) ** (1 / mean.ndim)))
 
         def part(leaf: jax.Array) -> jax.Array:
-            if self.sample is None or size <= self.sample or leaf.ndim == 0:
+            if leaf.ndim == 0 or set(strides) == {1}:
                 return leaf
-            step = math.ceil((size / self.sample) ** (1 / len(shape)))
-            return jnp.broadcast_to(leaf, shape)[(slice(None, None, step),) * len(shape)]
+            return jnp.broadcast_to(leaf, shape)[tuple(slice(None, None, stride) for stride in strides)]
 
         step = part(update).astype(mean.dtype) if self.of_step else None
         return Sample(size, step, part(mean), part(variance), Pooled(*map(part, pooled)))
+
+
+def _strides(leaf: jax.Array, stride: int) -> list[int]:
+    """`stride` along every axis; where sharding is explicit, the next smaller one that takes as many from each device."""
+    sharding = jax.typeof(leaf).sharding
+    spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
+    found = []
+    for size, names in zip(leaf.shape, spec, strict=True):
+        names = names if isinstance(names, tuple) else (names,)
+        on_one = size // math.prod(sharding.mesh.shape[name] for name in names if isinstance(name, str))
+        shared = any(isinstance(name, str) for name in names)
+        found.append(max(s for s in range(1, stride + 1) if on_one % s == 0) if shared else stride)
+    return found
 
 
 class Sample(NamedTuple):

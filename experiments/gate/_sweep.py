@@ -208,10 +208,10 @@ def openness(state: Any) -> dict[str, jax.Array]:
     """Mean q of the last step, where the optimizer has a gate."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, PopriskGateState))
     summaries = [node.summary for node in nodes if isinstance(node, PopriskGateState)]
-    gates = [LeafSummary(*array) for array in jax.tree.leaves(summaries)]
+    gates = [LeafSummary(*rows.T) for rows in summaries if rows is not None]
     if not gates:
         return {}
-    return {"open": jnp.stack([one.sum_openness for one in gates]).sum() / sum(one.size for one in gates)}
+    return {"open": sum(gate.sum_openness.sum() for gate in gates) / sum(gate.size.sum() for gate in gates)}
 
 
 def gradient(losses: Callable, params: Any, batch: Any, exact: bool) -> tuple[Any, dict[str, Any]]:

@@ -1,5 +1,8 @@
 """The audit on problems whose answer is known."""
 
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -118,3 +121,50 @@ def test_losses_may_come_as_their_mean():
     options = {"batch_size": 20, "num_splits": 2, "num_batches": 5}
     each, together = (gate_audit(loss, jnp.zeros(DIMENSION), data, **options) for loss in (squared, mean))
     np.testing.assert_allclose(each.gain, together.gain, rtol=1e-3)
+
+
+def test_the_verdict_says_when_the_plain_slope_itself_is_not_seen():
+    audit = gate_audit(squared, jnp.zeros(DIMENSION), sparse(0, noise=3.0), batch_size=20, num_splits=4)
+    assert audit.plain_interval[0] < 0 < audit.plain_interval[1]
+    for said in ("plain step itself is not seen", "95 % interval", "more examples", "num_batches", "num_splits"):
+        assert said in audit.verdict
+    seen = gate_audit(squared, jnp.zeros(DIMENSION), sparse(2, noise=1.0), batch_size=20, num_splits=4)
+    low, high = seen.plain_interval
+    assert 0 < low < seen.plain_slope < high
+    assert "itself" not in seen.verdict
+
+
+COPIES = """
+import threading, time
+import jax.numpy as jnp, numpy as np, psutil
+from transforms import gate_audit
+
+peak, process = [0], psutil.Process()
+
+def watch():
+    while True:
+        peak[0] = max(peak[0], process.memory_info().rss)
+        time.sleep(0.002)
+
+def losses(params, batch):
+    return (jnp.tanh(batch @ params).mean(1) - 1) ** 2
+
+data = np.random.default_rng(0).normal(size=(32, 500)).astype(np.float32)
+threading.Thread(target=watch, daemon=True).start()
+peaks, sizes = [], (2_000_000, 6_000_000)
+for size in sizes:
+    peak[0] = 0
+    gate_audit(losses, jnp.full((500, size // 500), 0.01), data, batch_size=8, num_batches=3, num_splits=2)
+    peaks.append(peak[0])
+print((peaks[1] - peaks[0]) / 4 / (sizes[1] - sizes[0]))
+"""
+
+
+def test_copies_of_the_parameters_held_at_the_peak(users_environment):
+    """As the docstring says: eleven. A process of its own, whose memory nothing else uses."""
+    run = subprocess.run(
+        [sys.executable, "-c", COPIES], env=users_environment, capture_output=True, text=True, timeout=200
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert 9 < float(run.stdout) < 12.5
+    assert "eleven copies of params" in gate_audit.__doc__

@@ -1,5 +1,8 @@
 """The report of a gate against what the gate did, and the warnings a user should get."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,3 +164,36 @@ def test_what_cannot_be_reported():
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), run(poprisk_gate(), 2)[1])
     with pytest.raises(ValueError, match=r"runs of shape \(2,\).*take one"):
         gate_report(stacked)
+
+
+ASCII = """
+import jax.numpy as jnp
+from transforms import gate_audit, gate_report, poprisk_gate
+params = {"größe": jnp.ones(3), "β": jnp.ones(2)}
+tx = poprisk_gate()
+_, state = tx.update(params, tx.init(params))
+print(gate_report(state))
+loss = lambda w, x: (x @ w - 1.0) ** 2
+print(gate_audit(loss, jnp.zeros(2), jnp.ones((8, 2)), batch_size=2, num_batches=2, num_splits=2))
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437", "utf-8"])
+def test_reports_print_wherever_text_does(encoding, users_environment):
+    environment = users_environment | {"PYTHONIOENCODING": encoding}
+    run = subprocess.run([sys.executable, "-c", ASCII], env=environment, capture_output=True, timeout=200)
+    assert run.returncode == 0, run.stderr.decode()[-2000:]
+    shown = run.stdout.decode(encoding)
+    assert "Audit of a gate" in shown
+    assert ("größe" in shown) == (encoding != "ascii")
+    assert ("gr??e" in shown) == (encoding == "ascii")
+    assert ("\N{BOX DRAWINGS LIGHT VERTICAL}" in shown) == (encoding == "utf-8")
+
+
+def test_names_of_leaves_are_kept_whatever_they_are():
+    params = {"": jnp.ones(2), "größe/β": {"0": [jnp.ones(1)]}, "w" * 300: jnp.ones(3)}
+    tx = poprisk_gate()
+    state = jax.jit(tx.update)(params, jax.jit(tx.init)(params))[1]
+    assert [layer.name for layer in gate_report(state).layers] == ["parameters", "größe/β.0.0", "w" * 300]
+    alone = poprisk_gate()
+    assert gate_report(alone.update(jnp.ones(2), alone.init(jnp.ones(2)))[1]).layers[0].name == "parameters"
