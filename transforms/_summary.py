@@ -66,7 +66,7 @@ class Summary:
 
 
 def _strides(leaf: jax.Array, stride: int) -> list[int]:
-    """`stride` along every axis; where sharding is explicit, the next smaller one that takes as many from each device."""
+    """`stride` along every axis; under explicit sharding the next smaller one that takes as many from each device."""
     sharding = jax.typeof(leaf).sharding
     spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
     found = []

@@ -1,16 +1,14 @@
 """The audit on problems whose answer is known."""
 
-import subprocess
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from transforms import HardMask, SnrMask, gate_audit, poprisk_adamw
+from transforms import HardMask, SnrMask, _audit, gate_audit, poprisk_adamw
 
 DIMENSION = 100
+OPTIMIZERS = {"plain": optax.adam(1e-3), "gated": poprisk_adamw(1e-3, weight_decay=0.0)}
 
 
 def squared(w, batch):
@@ -134,37 +132,22 @@ def test_the_verdict_says_when_the_plain_slope_itself_is_not_seen():
     assert "itself" not in seen.verdict
 
 
-COPIES = """
-import threading, time
-import jax.numpy as jnp, numpy as np, psutil
-from transforms import gate_audit
+def test_copies_of_the_parameters_held_at_the_peak():
+    """As the docstring says: eleven, of what the compiled programs take, give and hold in between."""
+    size = 400_000
+    params = jnp.full((400, size // 400), 0.01, jnp.float32)
+    batch, states = jnp.ones((8, 400), jnp.float32), {name: tx.init(params) for name, tx in OPTIMIZERS.items()}
 
-peak, process = [0], psutil.Process()
+    def losses(params, batch):
+        return (jnp.tanh(batch @ params).mean(1) - 1) ** 2
 
-def watch():
-    while True:
-        peak[0] = max(peak[0], process.memory_info().rss)
-        time.sleep(0.002)
-
-def losses(params, batch):
-    return (jnp.tanh(batch @ params).mean(1) - 1) ** 2
-
-data = np.random.default_rng(0).normal(size=(32, 500)).astype(np.float32)
-threading.Thread(target=watch, daemon=True).start()
-peaks, sizes = [], (2_000_000, 6_000_000)
-for size in sizes:
-    peak[0] = 0
-    gate_audit(losses, jnp.full((500, size // 500), 0.01), data, batch_size=8, num_batches=3, num_splits=2)
-    peaks.append(peak[0])
-print((peaks[1] - peaks[0]) / 4 / (sizes[1] - sizes[0]))
-"""
-
-
-def test_copies_of_the_parameters_held_at_the_peak(users_environment):
-    """As the docstring says: eleven. A process of its own, whose memory nothing else uses."""
-    run = subprocess.run(
-        [sys.executable, "-c", COPIES], env=users_environment, capture_output=True, text=True, timeout=200
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert 9 < float(run.stdout) < 12.5
+    watch, propose, add_gradient = _audit._programs(losses, OPTIMIZERS)
+    inputs = (params, states, _audit._no_spread(params), batch)
+    held = []
+    for program, arguments in ((watch, inputs), (propose, inputs), (add_gradient, (params, params, batch, 0.5))):
+        memory = program.lower(*arguments).compile().memory_analysis()
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        held.append((memory.argument_size_in_bytes + new + memory.temp_size_in_bytes) / (4 * size))
+    assert max(held) == held[1]
+    np.testing.assert_allclose(held, [8, 11, 3], atol=0.3)
     assert "eleven copies of params" in gate_audit.__doc__

@@ -95,7 +95,7 @@ def sharding_kept(name, mesh, rng):
 
 
 def nnx_optimizer(name, axis_type):
-    """An `nnx.Optimizer` of a model made under a mesh: its state's kernels, whether they keep the sharding, whether it is finite."""
+    """An `nnx.Optimizer` made under a mesh: its kernels, whether they keep the sharding, whether they are finite."""
     initializers = nnx.initializers
     mesh = jax.make_mesh((8,), ("i",), axis_types=(axis_type,))
 
