@@ -1,6 +1,5 @@
 """Statistics that read the moments of the Adam inside `poprisk_adamw`, so that less or nothing has to be stored."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +16,11 @@ from transforms._statistic import (
     ema,
     one_minus_power,
     safe_decay,
-    squared_deviation,
+    squared_deviations,
     streaming_moments,
     sum_of_squared_weights,
     zeros_like,
 )
-
-_LEAST_B1 = 0.1  # below it g - m' is mostly rounding
 
 
 class AdamStatisticState(NamedTuple):
@@ -76,13 +73,7 @@ def adam_statistic(
     ) -> tuple[AdamStatisticState, Moments]:
         del params, b2, extra_args
         step = jnp.asarray(new_inner_state.count)
-        if _validation.is_known(b1, lambda b1: b1 >= _LEAST_B1):
-            # g - m' = b1 (g - m): with the new m alone, a compiled step need not keep a copy of the old one.
-            means, scale = new_inner_state.mu, 1 / b1**2
-        else:
-            means, scale = inner_state.mu, 1.0
-        deviation = functools.partial(squared_deviation, scale=scale)
-        squares = jax.tree.map(deviation, grads, means, state.variance)
+        squares = squared_deviations(grads, inner_state.mu, new_inner_state.mu, state.variance, b1)
         finite = jax.tree.map(jnp.isfinite, grads)
         variance, variance_hat = ema(squares, state.variance, rho, step, where=finite)
         mean_hat = jax.tree.map(lambda mu: _corrected(mu, b1, step), new_inner_state.mu)

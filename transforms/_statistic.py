@@ -149,9 +149,9 @@ def ema_statistic(
     ) -> tuple[EmaStatisticState, Moments]:
         del params, extra_args
         step = jnp.asarray(optax.safe_increment(state.step))
-        squares = jax.tree.map(squared_deviation, grads, state.mean, state.variance)
         finite = jax.tree.map(jnp.isfinite, grads)
         mean, mean_hat = ema(grads, state.mean, b1, step, where=finite)
+        squares = squared_deviations(grads, state.mean, mean, state.variance, b1)
         variance, variance_hat = ema(squares, state.variance, rho, step, where=finite)
         moments = streaming_moments(mean_hat, variance_hat, b1, rho, step, data_noise)
         return EmaStatisticState(step, mean, variance), moments
@@ -191,11 +191,20 @@ def zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=compute_dtype(p) if dtype is None else dtype), params)
 
 
-def squared_deviation(grad: ArrayLike, mean: jax.Array, variance: jax.Array, scale: ArrayLike = 1.0) -> jax.Array:
-    """scale (g - m)², capped so that no average of such squares overflows."""
-    dtype = compute_dtype(grad, mean, variance)
-    square = jnp.asarray(scale, dtype) * jnp.square(jnp.asarray(grad, dtype) - mean.astype(dtype))
-    return jnp.minimum(square, float(jnp.finfo(compute_dtype(variance)).max) / 4)
+def squared_deviations(grads: Any, old_mean: Any, new_mean: Any, variance: Any, b1: ArrayLike) -> Any:
+    """(g - m)², m before this step, capped so that no average of such squares overflows where variance is kept."""
+
+    def of_leaf(grad: ArrayLike, old: jax.Array, new: jax.Array, variance: jax.Array) -> jax.Array:
+        dtype = compute_dtype(grad, old, variance)
+        mean, scale = old, jnp.ones([], dtype)
+        # g - m' = b1 (g - m): with the new m alone, a compiled step need not keep a copy of the old one. Not where that
+        # difference is mostly rounding.
+        if old.dtype == dtype and _validation.is_known(b1, lambda b1: b1 >= 0.1):
+            mean, scale = new, 1 / jnp.asarray(b1, dtype) ** 2
+        square = scale * jnp.square(jnp.asarray(grad, dtype) - mean.astype(dtype))
+        return jnp.minimum(square, float(jnp.finfo(compute_dtype(variance)).max) / 4)
+
+    return jax.tree.map(of_leaf, grads, old_mean, new_mean, variance)
 
 
 def ema(values: Any, averages: Any, decay: ArrayLike, step: jax.Array, where: Any) -> tuple[Any, Any]:
