@@ -81,8 +81,8 @@ def poprisk_adamw(
 
     With a neutral gate, `mask=SnrMask(lam=0)` or `floor=1`, it equals `optax.adamw`; for parameters in half precision,
     `optax.adamw` of their float32 copies. All of it is computed, and m, v and s are kept, in at least float32, whatever
-    the parameters are: in bfloat16 the average of a constant would stop at a quarter to a half of it for v, at 0.8 of it
-    for s. The updates have the gradients' dtype.
+    the parameters are: in bfloat16 the average of a constant would stop at a quarter to a half of it for v, at 0.8 for
+    s. The updates have the gradients' dtype.
 
     Not supported: Nesterov momentum; complex and integer parameters.
 
