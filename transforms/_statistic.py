@@ -249,7 +249,8 @@ def stochastically_rounded(value: jax.Array, step: jax.Array, salt: int) -> jax.
     for axis, multiplier in zip(range(value.ndim), itertools.cycle((0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)), strict=False):
         index += jax.lax.broadcasted_iota(jnp.uint32, value.shape, axis) * jnp.uint32(multiplier)
     bits = _mixed(index ^ _mixed(step.astype(jnp.uint32) * jnp.uint32(0x27D4EB2F)))
-    exact = jax.lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32)
+    largest = float(jnp.finfo(jnp.bfloat16).max)  # what is between it and infinity must not be rounded up
+    exact = jax.lax.bitcast_convert_type(jnp.clip(value, -largest, largest).astype(jnp.float32), jnp.uint32)
     cut = (exact + (bits >> 16)) & jnp.uint32(0xFFFF0000)
     return jax.lax.bitcast_convert_type(cut, jnp.float32).astype(jnp.bfloat16)
 

@@ -144,6 +144,12 @@ def test_rounding_is_right_on_average_and_next_to_the_value(value):
     assert (len(np.unique(rounded)) == 1) == exact
 
 
+def test_the_largest_numbers_are_not_rounded_to_infinity():
+    largest = float(jnp.finfo(jnp.float32).max)
+    for value in (largest, -largest):
+        assert jnp.isfinite(stochastically_rounded(jnp.full(1000, value, jnp.float32), jnp.int32(3), 0)).all()
+
+
 def test_rounding_errors_are_independent_of_each_other():
     """From step to step, between neighbours along each axis, and between leaves."""
     value = jnp.full((64, 64), 1.003, jnp.float32)
