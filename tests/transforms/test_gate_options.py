@@ -228,17 +228,7 @@ def test_weight_decay_mask_and_learning_rate_act_as_in_adamw():
 # ---------------------------------------------------------------- bad values
 
 NONNEGATIVE = [-1.0, -1, float("nan"), float("inf"), np.float32(-1e-9), jnp.array(-1.0), np.array([1.0, -1.0])]
-DECAYS = [
-    -0.1,
-    1.0,
-    1,
-    1.5,
-    float("nan"),
-    jnp.array(1.0),
-    jnp.array(-0.5, jnp.bfloat16),
-    1 - 1e-8,
-    np.float64(1 - 2e-8),
-]
+DECAYS = [-0.1, 1.0, 1, 1.5, float("nan"), jnp.array(1.0), jnp.array(-0.5, jnp.bfloat16)]
 IN_UNIT = [-0.1, 1.1, 2, float("nan"), float("inf"), jnp.array(-0.5), np.array([0.5, 1.5])]
 RULES = {
     r"in \[0, 1\)": (DECAYS, {"b1", "b2", "rho"}),
