@@ -14,7 +14,9 @@ from transforms._statistic import (
     check_data_noise,
     compute_dtype,
     ema,
-    squared_deviation,
+    one_minus_power,
+    safe_decay,
+    squared_deviations,
     streaming_moments,
     sum_of_squared_weights,
     zeros_like,
@@ -35,7 +37,8 @@ def adam_statistic(
     Args:
       rho: decay of the variance, in [0, 1).
       data_noise: as in `ema_statistic`.
-      state_dtype: dtype in which s is stored; None for the parameters' own.
+      state_dtype: dtype in which s is stored, as in `ema_statistic`: None for at least float32, `jnp.bfloat16` for half
+        of that, rounded stochastically.
 
     Returns:
       A `Statistic` whose update needs Adam's state and decays, which `poprisk_adamw` passes.
@@ -43,7 +46,7 @@ def adam_statistic(
     Raises:
       ValueError, TypeError: as `ema_statistic`.
 
-    Cost: one number a parameter; about 20 flops a parameter.
+    Cost: one number a parameter, 4 bytes or, in bfloat16, 2; about 20 flops a parameter (30 in bfloat16).
 
     Source: Litman & Guo, arXiv:2605.01172, Algorithm 1; theory §7.2.
 
@@ -52,7 +55,7 @@ def adam_statistic(
     """
     _validation.check_decay("rho", rho)
     check_data_noise(data_noise)
-    _validation.check_state_dtype(state_dtype)
+    _validation.check_state_dtype("state_dtype", state_dtype)
 
     def init(params: optax.Params) -> AdamStatisticState:
         return AdamStatisticState(zeros_like(params, state_dtype))
@@ -70,14 +73,9 @@ def adam_statistic(
     ) -> tuple[AdamStatisticState, Moments]:
         del params, b2, extra_args
         step = jnp.asarray(new_inner_state.count)
-        if _validation.is_known_positive(b1):
-            # g - m' = b1 (g - m): with the new m alone, a compiled step need not keep a copy of the old one.
-            means, scale = new_inner_state.mu, 1 / b1**2
-        else:
-            means, scale = inner_state.mu, 1.0
-        squares = jax.tree.map(squared_deviation, grads, means, state.variance)
-        deviations = jax.tree.map(lambda square: square * scale, squares)
-        variance, variance_hat = ema(deviations, state.variance, rho, step)
+        squares = squared_deviations(grads, inner_state.mu, new_inner_state.mu, state.variance, b1)
+        finite = jax.tree.map(jnp.isfinite, grads)
+        variance, variance_hat = ema(squares, state.variance, rho, step, where=finite)
         mean_hat = jax.tree.map(lambda mu: _corrected(mu, b1, step), new_inner_state.mu)
         return AdamStatisticState(variance), streaming_moments(mean_hat, variance_hat, b1, rho, step, data_noise)
 
@@ -133,13 +131,16 @@ def adam_moments_statistic(*, data_noise: ArrayLike = 0.0) -> Statistic:
         mean = jax.tree.map(lambda mu: _corrected(mu, b1, step), new_inner_state.mu)
         square = jax.tree.map(lambda nu: _corrected(nu, b2, step), new_inner_state.nu)
         c, dof, overlap = _null_constants(b1, b2, step)
+        share = 1 / jnp.where(step > 1, 1 - c, 1)
 
         def variance(mean: jax.Array, square: jax.Array) -> jax.Array:
             # At the first step nothing is known of the noise: the squared mean stands for it, and c is 1.
-            return jnp.where(step > 1, jnp.maximum(square - mean**2, 0) / jnp.where(step > 1, 1 - c, 1), mean**2)
+            most = float(jnp.finfo(mean.dtype).max) / 4
+            own = jnp.minimum(mean**2, most)
+            return jnp.where(step > 1, jnp.maximum(square - own, 0) * share.astype(mean.dtype), own)
 
-        moments = Moments(mean, jax.tree.map(variance, mean, square), c + data_noise, dof, overlap)
-        return state, moments
+        ratio = c + jnp.asarray(data_noise, c.dtype)
+        return state, Moments(mean, jax.tree.map(variance, mean, square), ratio, dof, overlap)
 
     return Statistic(init, update)
 
@@ -147,15 +148,16 @@ def adam_moments_statistic(*, data_noise: ArrayLike = 0.0) -> Statistic:
 def _corrected(average: jax.Array, decay: ArrayLike, step: jax.Array) -> jax.Array:
     """Adam's own average without its bias, in at least float32."""
     average = jnp.asarray(average, compute_dtype(average))
-    return average * (1 / (1 - jnp.asarray(decay, average.dtype) ** step))
+    return average * (1 / one_minus_power(safe_decay(decay, average.dtype), step))
 
 
 def _null_constants(b1: ArrayLike, b2: ArrayLike, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`noise_ratio`, `dof` and `overlap` for m = wᵀg and gᵀA g, A = diag(weights of b2) - w wᵀ, w those of b1."""
-    b1, b2 = jnp.asarray(b1, float), jnp.asarray(b2, float)
+    b1, b2 = safe_decay(b1, float), safe_decay(b2, float)
     c = sum_of_squared_weights(b1, step)
     mixed = b1**2 * b2
-    cross = (1 - b1) ** 2 * (1 - b2) * (1 - mixed**step) / ((1 - mixed) * (1 - b1**step) ** 2 * (1 - b2**step))
+    totals = one_minus_power(b1, step) ** 2 * one_minus_power(b2, step)
+    cross = (1 - b1) ** 2 * (1 - b2) * one_minus_power(mixed, step) / ((1 - mixed) * totals)
     trace, trace_of_square = 1 - c, sum_of_squared_weights(b2, step) - 2 * cross + c**2
     # At the first step A is zero.
     known = step > 1

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -12,7 +14,7 @@ from transforms._adam_statistics import adam_statistic
 from transforms._gate import check_statistic, poprisk_gate
 from transforms._masks import HardMask, Mask
 from transforms._reductions import PerScalar, Reduction
-from transforms._statistic import Statistic
+from transforms._statistic import Statistic, compute_dtype, safe_decay
 from transforms._summary import Summary
 from transforms._thresholds import Threshold, TStatistic
 
@@ -53,7 +55,8 @@ def poprisk_adamw(
       b2: decay of v, in [0, 1).
       eps: in Adam's denominator, in units of the gradient, >= 0. Masks have an eps of their own.
       eps_root: under Adam's square root, in units of the gradient squared, >= 0.
-      mu_dtype: dtype in which m is stored; None for the parameters' own.
+      mu_dtype: dtype in which m is stored. None is float32, or float64 for float64 parameters; `jnp.bfloat16` halves it
+        and rounds to nearest, as optax does.
       weight_decay: >= 0, or a schedule of the step count; multiplied by the learning rate, as in optax.
       statistic: `adam_statistic(rho)` keeps one number a parameter, `adam_moments_statistic()` none;
         `batch_statistic()` is exact, from extra arguments.
@@ -76,12 +79,16 @@ def poprisk_adamw(
     examples, say so, `adam_statistic(data_noise=finite_data_alpha(b, n))`: else the gate takes the training set's own
     noise for signal.
 
-    With a neutral gate, `mask=SnrMask(lam=0)` or `floor=1`, it equals `optax.adamw`.
+    With a neutral gate, `mask=SnrMask(lam=0)` or `floor=1`, it equals `optax.adamw`; for parameters in half precision,
+    `optax.adamw` of their float32 copies. All of it is computed, and m, v and s are kept, in at least float32, whatever
+    the parameters are: in bfloat16 the average of a constant would stop at a quarter to a half of it for v, at 0.8 for
+    s. The updates have the gradients' dtype.
 
     Not supported: Nesterov momentum; complex and integer parameters.
 
-    Cost: the state of `optax.adamw` plus exactly one number a parameter (s; 4 bytes in float32), or none with
-    `adam_moments_statistic`, besides a few scalars a leaf; about 20 flops a parameter more.
+    Cost: the state of `optax.adamw` plus exactly one number a parameter (s; 4 bytes, or 2 with
+    `adam_statistic(state_dtype=jnp.bfloat16)`), or none with `adam_moments_statistic`, besides a few scalars and a name
+    for each leaf; about 20 flops a parameter more.
 
     Source: Litman & Guo, arXiv:2605.01172, Algorithm 1; theory §7.2.
 
@@ -103,14 +110,17 @@ def poprisk_adamw(
     >>> tx = poprisk_adamw(1e-3, threshold=TStatistic(optax.linear_schedule(0.0, 1.0, transition_steps=100)))
     """
     check_statistic(statistic)
+    _validation.check_state_dtype("mu_dtype", mu_dtype)
     _validation.check_decay("b1", b1)
     _validation.check_decay("b2", b2)
+    # Traced decays cannot be checked: the nearest number in range stands for them.
+    b1, b2 = (b if _validation.is_known(b, lambda b: True) else safe_decay(b, float) for b in (b1, b2))
     _validation.check_nonnegative("eps", eps, "use 1e-8, Adam's usual")
     _validation.check_nonnegative("eps_root", eps_root, "use 0, Adam's usual")
     remedy = "updates already point downhill; use e.g. 1e-3"
     _validation.check_nonnegative_or_schedule("learning_rate", learning_rate, remedy)
     _validation.check_nonnegative_or_schedule("weight_decay", weight_decay, "use 0 for no decay")
-    return optax.chain(
+    tx = optax.chain(
         poprisk_gate(
             optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype),
             statistic=Statistic(statistic.init, functools.partial(statistic.update, b1=b1, b2=b2)),
@@ -124,3 +134,21 @@ def poprisk_adamw(
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+    def init(params: optax.Params) -> optax.OptState:
+        _validation.check_float_leaves(params)
+        return tx.init(_wide(params))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a float to an integer power
+            steps, state = tx.update(_wide(updates), state, _wide(params), **extra_args)
+        return jax.tree.map(lambda step, grad: step.astype(jnp.result_type(grad)), steps, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _wide(tree: Any) -> Any:
+    """Its leaves in at least float32."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, compute_dtype(leaf)), tree)

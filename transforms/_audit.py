@@ -15,7 +15,8 @@ from rich.text import Text
 from transforms import _null, _validation
 from transforms._adam_statistics import adam_statistic
 from transforms._adamw import poprisk_adamw
-from transforms._report import GateReport, Shown, gate_report
+from transforms._report import GateReport, Shown, gate_report, gates_of
+from transforms._statistic import compute_dtype
 from transforms._thresholds import finite_data_alpha
 
 
@@ -29,6 +30,8 @@ class GateAudit(Shown):
       gain_interval: 95 % interval of `gain`, by Student's t over the splits of the data.
       plain_slope, gated_slope: the decrease of the unseen loss per unit of step length, in units of the loss over those
         of the parameters.
+      plain_interval: 95 % interval of `plain_slope`. Where it includes 0 the gain is a ratio to nothing, as the verdict
+        says.
       signal_to_noise: Σ μ² / Σ σ² of one batch's gradient, over all coordinates.
       report: what the gate did in the last split, by layer.
       num_splits: random halvings of the data.
@@ -38,6 +41,7 @@ class GateAudit(Shown):
     gain: float
     gain_interval: tuple[float, float]
     plain_slope: float
+    plain_interval: tuple[float, float]
     gated_slope: float
     signal_to_noise: float
     report: GateReport
@@ -50,12 +54,17 @@ class GateAudit(Shown):
         table.add_column("quantity")
         table.add_column("value", justify="right")
         low, high = self.gain_interval
+        least, most = self.plain_interval
         rows = [
             ("gain on unseen examples at equal step length", f"{100 * self.gain:+.1f} %"),
             (f"95 % interval over {self.num_splits} splits", f"{100 * low:+.1f} % to {100 * high:+.1f} %"),
             ("decrease of the unseen loss per unit of step length, plain", f"{self.plain_slope:.3g}"),
+            ("95 % interval", f"{least:.3g} to {most:.3g}"),
             ("the same, gated", f"{self.gated_slope:.3g}"),
-            ("signal-to-noise of one batch's gradient, Σμ²/Σσ²", f"{self.signal_to_noise:.3g}"),
+            (
+                "signal-to-noise of one batch's gradient: squared length of the mean over the variance",
+                f"{self.signal_to_noise:.3g}",
+            ),
         ]
         for row in rows:
             table.add_row(*row)
@@ -110,8 +119,9 @@ def gate_audit(
 
     Errors: splits share examples, so the interval is somewhat too narrow where n is small. It is conditional on params.
 
-    Cost: num_splits (num_batches + n/2 examples' gradient); memory of a batch's gradient and four copies of params, the
-    other half being taken in batches.
+    Cost: num_splits (num_batches + n/2 examples' gradient). Memory of a batch's gradient, and eleven copies of params
+    with the default optimizers: params, gradient and mean gradient, five of the optimizers' states, and in the last
+    step of a split two steps and an intermediate result. Other optimizers hold their own states instead of the five.
 
     Source: Litman & Guo, arXiv:2605.01172; theory (9) and §7.3, with unseen examples in place of left-out ones.
 
@@ -148,29 +158,61 @@ def gate_audit(
     num_unseen = _num_rows("unseen", held_out)
     rng = np.random.default_rng(seed)
     optimizers = {"plain": plain, "gated": gated}
-    gradient = jax.grad(lambda params, batch: jnp.mean(loss_fn(params, batch)))
 
-    @jax.jit
-    def step(states: Any, spread: _Spread, batch: Any) -> tuple[Any, Any, _Spread]:
-        grads = gradient(params, batch)
-        both = {name: tx.update(grads, states[name], params) for name, tx in optimizers.items()}
-        updates, states = ({name: pair[i] for name, pair in both.items()} for i in range(2))
-        return updates, states, _spread(spread, grads)
-
+    watch, propose, add_gradient = _programs(loss_fn, optimizers)
     slopes, ratios, report = [], [], None
     for _ in range(num_splits):
         order = rng.permutation(n)
-        states = {name: tx.init(params) for name, tx in optimizers.items()}
-        spread, updates = _no_spread(params), {}
-        for rows in _batches(rng, order[: n // 2], batch_size, num_batches):
-            updates, states, spread = step(states, spread, _take(data, rows))
-        rest = order[n // 2 :] if unseen is None else np.arange(num_unseen)
-        truth = _mean_gradient(jax.jit(gradient), params, held_out, rest, batch_size)
-        slopes.append([_slope(truth, updates[name]) for name in optimizers])
+        states, spread = {name: tx.init(params) for name, tx in optimizers.items()}, _no_spread(params)
+        *batches, last = _batches(rng, order[: n // 2], batch_size, num_batches)
+        for rows in batches:
+            states, spread = watch(params, states, spread, _take(data, rows))
+        updates, gates, spread = propose(params, states, spread, _take(data, last))
+        report = gate_report(gates)
         ratios.append(_signal_to_noise(spread, batch_size / (n // 2)))
-        report = gate_report(states["gated"])
+        del states, spread  # the other half's gradient takes their place
+        rest = order[n // 2 :] if unseen is None else np.arange(num_unseen)
+        truth = jax.tree.map(jnp.zeros_like, params)
+        for start in range(0, len(rest), batch_size):
+            rows = rest[start : start + batch_size]
+            share = jnp.asarray(len(rows) / len(rest), jnp.float32)
+            truth = add_gradient(params, truth, _take(held_out, rows), share)
+        slopes.append([_slope(truth, updates[name]) for name in optimizers])
+        del truth, updates
     assert report is not None  # num_splits >= 2
     return _judge(np.array(slopes), float(np.mean(ratios)), report)
+
+
+def _programs(loss_fn: Callable[[Any, Any], jax.Array], optimizers: dict[str, Any]) -> tuple[Callable, ...]:
+    """Compiled: optimizers watch a batch; they propose steps for the last one; a batch's gradient is added to a sum.
+
+    params are an argument: what a compiled function closes over becomes a part of it, a copy each.
+    """
+
+    def gradient(params: Any, batch: Any) -> Any:
+        return jax.grad(lambda params: jnp.mean(loss_fn(params, batch)))(params)
+
+    def advanced(params: Any, states: Any, spread: _Spread, batch: Any) -> tuple[Any, Any, _Spread]:
+        grads = gradient(params, batch)
+        both = {name: tx.update(grads, states[name], params) for name, tx in optimizers.items()}
+        updates, states = ({name: pair[i] for name, pair in both.items()} for i in range(2))
+        return updates, states, _joined(spread, grads)
+
+    def watch(*inputs: Any) -> tuple[Any, _Spread]:
+        return advanced(*inputs)[1:]  # steps that nobody takes are not computed
+
+    def propose(*inputs: Any) -> tuple[Any, Any, _Spread]:
+        updates, states, spread = advanced(*inputs)
+        return updates, gates_of(states["gated"]), spread
+
+    def add_gradient(params: Any, total: Any, batch: Any, share: jax.Array) -> Any:
+        return jax.tree.map(lambda t, g: (t + share * g).astype(t.dtype), total, gradient(params, batch))
+
+    return (
+        jax.jit(watch, donate_argnums=(1, 2)),
+        jax.jit(propose, donate_argnums=2),
+        jax.jit(add_gradient, donate_argnums=1),
+    )
 
 
 def _num_rows(name: str, data: Any) -> int:
@@ -182,34 +224,17 @@ def _num_rows(name: str, data: Any) -> int:
     return sizes.pop()
 
 
-def _batches(rng: np.random.Generator, rows: np.ndarray, batch_size: int, num_batches: int):
-    """Batches without replacement, shuffled anew in each pass."""
-    count = 0
-    while True:
+def _batches(rng: np.random.Generator, rows: np.ndarray, batch_size: int, num_batches: int) -> list[np.ndarray]:
+    """Rows of batches without replacement, shuffled anew in each pass."""
+    found: list[np.ndarray] = []
+    while len(found) < num_batches:
         order = rng.permutation(rows)
-        for start in range(0, len(order) - batch_size + 1, batch_size):
-            yield order[start : start + batch_size]
-            count += 1
-            if count == num_batches:
-                return
+        found += [order[i : i + batch_size] for i in range(0, len(order) - batch_size + 1, batch_size)]
+    return found[:num_batches]
 
 
 def _take(data: Any, rows: np.ndarray) -> Any:
     return jax.tree.map(lambda leaf: leaf[rows], data)
-
-
-def _mean_gradient(gradient: Callable, params: Any, data: Any, rows: np.ndarray, batch_size: int) -> Any:
-    """The mean over all rows, a batch at a time."""
-    total = jax.tree.map(jnp.zeros_like, params)
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        total = _add_scaled(total, len(part) / len(rows), gradient(params, _take(data, part)))
-    return total
-
-
-@jax.jit
-def _add_scaled(total: Any, scale: float, more: Any) -> Any:
-    return jax.tree.map(lambda t, m: t + scale * m, total, more)
 
 
 def _slope(truth: Any, update: Any) -> float:
@@ -220,28 +245,30 @@ def _slope(truth: Any, update: Any) -> float:
 @jax.jit
 def _dot(one: Any, other: Any) -> jax.Array:
     pairs = zip(*map(jax.tree.leaves, (one, other)), strict=True)
-    return jnp.stack([jnp.vdot(a, b) for a, b in pairs]).sum()
+    return jnp.stack([jnp.vdot(a, b, preferred_element_type=jnp.float32) for a, b in pairs]).sum()
 
 
 class _Spread(NamedTuple):
-    """Mean and squared deviations of a stream of gradients (Welford)."""
+    """Mean of a stream of gradients, and the sum over coordinates of their squared deviations from it (Welford)."""
 
     num_grads: jax.Array
     mean: Any
-    squares: Any
+    squares: jax.Array
 
 
 def _no_spread(params: Any) -> _Spread:
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return _Spread(jnp.zeros([], jnp.float32), zeros, zeros)
+    mean = jax.tree.map(lambda p: jnp.zeros_like(p, compute_dtype(p)), params)
+    return _Spread(jnp.zeros([], jnp.float32), mean, jnp.zeros([], jnp.float32))
 
 
-def _spread(spread: _Spread, grads: Any) -> _Spread:
+def _joined(spread: _Spread, grads: Any) -> _Spread:
     count = spread.num_grads + 1
-    shift = jax.tree.map(jnp.subtract, grads, spread.mean)
-    mean = jax.tree.map(lambda m, d: (m + d / count).astype(m.dtype), spread.mean, shift)
-    squares = jax.tree.map(lambda s, d: (s + d**2 * (1 - 1 / count)).astype(s.dtype), spread.squares, shift)
-    return _Spread(count, mean, squares)
+    shift = jax.tree.map(lambda g, m: g.astype(m.dtype) - m, grads, spread.mean)
+    mean = jax.tree.map(lambda m, d: m + d / count.astype(m.dtype), spread.mean, shift)
+    # g - mean = (1 - 1/count) (g - old mean): with the new mean alone, the compiled step needs no copy of the old one.
+    left = jax.tree.map(lambda g, m: g.astype(m.dtype) - m, grads, mean)
+    more = sum(jnp.sum(d**2).astype(jnp.float32) for d in jax.tree.leaves(left))
+    return _Spread(count, mean, spread.squares + more * count / jnp.maximum(count - 1, 1))
 
 
 def _signal_to_noise(spread: _Spread, batch_share: float) -> float:
@@ -250,20 +277,30 @@ def _signal_to_noise(spread: _Spread, batch_share: float) -> float:
     Batches without replacement differ by σ² (1 - share); their mean varies by σ²/count until all examples were seen,
     and by σ² share from then on. That is no signal.
     """
-    count, squares = float(spread.num_grads), sum(float(jnp.sum(leaf)) for leaf in jax.tree.leaves(spread.squares))
-    variance = squares / (count - 1) / (1 - batch_share)
+    count = float(spread.num_grads)
+    variance = float(spread.squares) / (count - 1) / (1 - batch_share)
     signal = float(_dot(spread.mean, spread.mean)) - variance * max(1 / count, batch_share)
     return max(signal, 0.0) / variance if variance > 0 else math.inf
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Of their mean, 95 %, by Student's t."""
+    quantile = float(_null.threshold_for(0.05, len(values) - 1)) ** 0.5  # of |t|
+    margin = quantile * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean() - margin), float(values.mean() + margin)
 
 
 def _judge(slopes: np.ndarray, signal_to_noise: float, report: GateReport) -> GateAudit:
     plain, gated = slopes.mean(0)
     gains = (slopes[:, 1] - slopes[:, 0]) / plain if plain > 0 else np.full(len(slopes), np.nan)
-    quantile = float(_null.threshold_for(0.05, len(gains) - 1)) ** 0.5  # of |t|
-    margin = quantile * gains.std(ddof=1) / math.sqrt(len(gains))
-    low, high = gains.mean() - margin, gains.mean() + margin
-    if not plain > 0:
-        verdict = "The plain step does not lower the loss of unseen examples here: there is nothing to compare with."
+    plain_interval, (low, high) = _interval(slopes[:, 0]), _interval(gains)
+    if not plain_interval[0] > 0:
+        least, most = plain_interval
+        verdict = (
+            "The plain step itself is not seen to lower the loss of unseen examples here: its slope is "
+            f"{plain:.2g}, 95 % interval {least:.2g} to {most:.2g}, so there is nothing to compare with. Audit with "
+            "more examples, a larger num_batches or a larger num_splits."
+        )
     elif low > 0:
         verdict = (
             f"The gate can help here: at equal step length the unseen loss falls {100 * gains.mean():.1f} % faster."
@@ -276,8 +313,9 @@ def _judge(slopes: np.ndarray, signal_to_noise: float, report: GateReport) -> Ga
         verdict = "No difference can be seen here between gated and plain steps of equal length."
     return GateAudit(
         gain=float(gains.mean()),
-        gain_interval=(float(low), float(high)),
+        gain_interval=(low, high),
         plain_slope=float(plain),
+        plain_interval=plain_interval,
         gated_slope=float(gated),
         signal_to_noise=signal_to_noise,
         report=report,

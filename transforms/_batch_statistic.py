@@ -1,5 +1,6 @@
 """The exact statistic of a batch, from moments that the caller took of its examples."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,16 @@ import optax
 from jax.typing import ArrayLike
 
 from transforms import _validation
-from transforms._statistic import Moments, Statistic, compute_dtype, ema, sum_of_squared_weights, zeros_like
+from transforms._statistic import (
+    Moments,
+    Statistic,
+    compute_dtype,
+    ema,
+    one_minus_power,
+    safe_decay,
+    sum_of_squared_weights,
+    zeros_like,
+)
 
 
 class BatchStatisticState(NamedTuple):
@@ -33,25 +43,30 @@ def batch_statistic(b1: ArrayLike | None = None) -> Statistic:
         moments = entk.gradient_moments(loss_fn, params, batch)
         updates, state = tx.update(moments.mean_grads, state, params, **moments._asdict())
 
-    Micro-batches do as well: pass the moments of their k mean gradients, with `sample_size=k`. The aggregators of
-    `optax.experimental.microbatching` and `aggregating` produce the same names.
+    Micro-batches do as well: pass the moments of their k mean gradients, with `sample_size=k`. A batch that comes in
+    micro-batches needs the moments of all its examples: `gradient_moments(..., microbatch_size=)` in one call, or
+    `optax.experimental.aggregating`, which takes per-example gradients and hands the same names on:
+
+        aggregating.process(optax.identity(), aggregating.get_per_element_mean_and_sum_sq_diff_grads(
+            per_elt_axis=0, accumulation_steps=k), tx, aggregator_has_aux=True)
 
     Args:
-      b1: decay of an average over steps, in [0, 1); None takes each batch by itself, without a state.
+      b1: decay of an average over steps, in [0, 1); None takes each batch by itself, without a state. The averages are
+        kept in at least float32.
 
     Returns:
       A `Statistic`. Its update needs `sum_sq_diff_grads` (tree like the gradients) and `sample_size` (>= 2), and takes
       `mean_grads`; where that is missing, the gradients are the means.
 
     Raises:
-      ValueError: b1 outside [0, 1). At the update: a sample_size below 2, or a tree of moments unlike the gradients.
+      ValueError: b1 outside [0, 1), or rounded to 1 by float32. At the update: a sample_size below 2, or a tree of
+        moments unlike the gradients.
       TypeError: b1 not a number. At the update: a missing extra argument.
+      NotImplementedError: at the update, inside `optax.MultiSteps`: it averages gradients over micro-batches and passes
+        the extra arguments of the last one only.
 
     A traced sample_size below 2 cannot be refused; it gives infinite noise, which shuts the gate for this step, and
     averages over steps pass the batch over. A negative sum of squares, which rounding can bring, counts as zero.
-
-    Not supported: `optax.MultiSteps` around it, which passes the extra arguments of its last micro-batch only; join
-    the moments instead (`join_moments`).
 
     Cost: none of its own beyond the moments (`entk.gradient_moments`: about 1 to 2 batch gradients); with b1, two
     numbers a parameter.
@@ -82,35 +97,42 @@ def batch_statistic(b1: ArrayLike | None = None) -> Statistic:
         state: Any,
         params: optax.Params | None = None,
         *,
-        sum_sq_diff_grads: optax.Updates,
-        sample_size: ArrayLike,
+        sum_sq_diff_grads: optax.Updates | None = None,
+        sample_size: ArrayLike | None = None,
         mean_grads: optax.Updates | None = None,
         **extra_args: Any,
     ) -> tuple[Any, Moments]:
         del params, extra_args
+        _check_given(sum_sq_diff_grads=sum_sq_diff_grads, sample_size=sample_size)
+        _check_not_accumulated()
         mean_grads = grads if mean_grads is None else mean_grads
         _check_moments(grads, mean_grads, sum_sq_diff_grads, sample_size)
-        size = jnp.asarray(sample_size, float)
-        scale = jnp.where(size > 1, 1 / (size * jnp.maximum(size - 1, 1)), jnp.inf)
-        variances = jax.tree.map(lambda d: _variance(d, scale), sum_sq_diff_grads)
+        size = jnp.asarray(sample_size).astype(float)
+        known = size > 1
+        scale = 1 / jnp.where(known, size * (size - 1), 1)
+        variances = jax.tree.map(lambda spread: _variance(spread, scale), sum_sq_diff_grads)
         means = jax.tree.map(lambda g: jnp.asarray(g, compute_dtype(g)), mean_grads)
         dof = jnp.maximum(size - 1, 1e-3)
         if b1 is None:
-            return state, Moments(means, variances, dof=dof)
-        # A batch that says nothing of its noise is left out of both averages.
-        known = size > 1
+            return state, Moments(means, jax.tree.map(lambda v: jnp.where(known, v, jnp.inf), variances), dof=dof)
+        # A batch that says nothing of its noise is left out of both averages, and so is a gradient that is not finite.
         counted = jnp.where(known, optax.safe_increment(state.step), state.step)
         step = jnp.maximum(counted, 1)
-        mean, mean_hat = ema(jax.tree.map(lambda m: jnp.where(known, m, jnp.nan), means), state.mean, b1, step)
+        decay = safe_decay(b1, float)
+        finite = [jax.tree.map(lambda x: known & jnp.isfinite(x), tree) for tree in (means, variances)]
+        mean, mean_hat = ema(means, state.mean, decay, step, where=finite[0])
         # The raw average of variances has the squared weights, (1 - b1)² b1^(2(t - i)).
-        decay = jnp.asarray(b1, float)
         weight = (1 - decay) / (1 + decay)
-        variance, _ = ema(jax.tree.map(lambda v: weight * v, variances), state.variance, decay**2, step)
-        c, fourth = sum_of_squared_weights(b1, step), sum_of_squared_weights(decay**2, step)
-        total = (1 - decay**step) ** 2
+        weighted = jax.tree.map(lambda v: weight.astype(v.dtype) * v, variances)
+        variance, _ = ema(weighted, state.variance, decay**2, step, where=finite[1])
+        c, fourth = sum_of_squared_weights(decay, step), sum_of_squared_weights(decay**2, step)
+        total = one_minus_power(decay, step) ** 2 * c
+
+        def corrected(variance: jax.Array) -> jax.Array:
+            return jnp.where(known, variance / total.astype(variance.dtype), jnp.inf)
+
         # Σ w_i⁴ / (Σ w_i²)² is the sum of squares of the weights w_i²/Σ w_j², which decay with b1².
-        variance_hat = jax.tree.map(lambda v: jnp.where(known, v / (total * c), jnp.inf), variance)
-        moments = Moments(mean_hat, variance_hat, noise_ratio=c, dof=dof / fourth)
+        moments = Moments(mean_hat, jax.tree.map(corrected, variance), noise_ratio=c, dof=dof / fourth)
         return BatchStatisticState(counted, mean, variance), moments
 
     return Statistic(init, update)
@@ -152,17 +174,18 @@ def join_moments(
     (2.0, 8.0, 4.0)
     """
     _check_varying(mean_grads, axis_name)
-    size = jnp.asarray(sample_size, float)
+    size = jnp.asarray(sample_size).astype(float)
     total = jax.lax.psum(size, axis_name)
 
     def joined_mean(own: ArrayLike) -> jax.Array:
         # Divided in the gradients' precision: a share in float32 would cost float64 ones half their digits.
-        dtype = compute_dtype(own)
-        return jax.lax.psum(size.astype(dtype) / total.astype(dtype) * own, axis_name)
+        own = jnp.asarray(own, compute_dtype(own))
+        return jax.lax.psum(size.astype(own.dtype) / total.astype(own.dtype) * own, axis_name)
 
     def spread(own: ArrayLike, own_mean: ArrayLike, mean: jax.Array) -> jax.Array:
-        own = jnp.asarray(own, compute_dtype(own))
-        return jax.lax.psum(own + size.astype(own.dtype) * (own_mean - mean) ** 2, axis_name)
+        dtype = compute_dtype(own, own_mean)
+        own, shift = jnp.asarray(own, dtype), jnp.asarray(own_mean, dtype) - mean.astype(dtype)
+        return jax.lax.psum(own + size.astype(dtype) * shift**2, axis_name)
 
     mean = jax.tree.map(joined_mean, mean_grads)
     return {
@@ -190,8 +213,35 @@ def _check_varying(mean_grads: optax.Updates, axis_name: Any) -> None:
 
 
 def _variance(sum_sq_diff: ArrayLike, scale: jax.Array) -> jax.Array:
-    spread = jnp.maximum(jnp.asarray(sum_sq_diff, compute_dtype(sum_sq_diff)), 0)
-    return jnp.where(jnp.isinf(scale), jnp.inf, spread * scale)  # 0 · inf
+    spread = jnp.asarray(sum_sq_diff, compute_dtype(sum_sq_diff))
+    return jnp.maximum(spread, 0) * scale.astype(spread.dtype)
+
+
+def _check_given(**moments: Any) -> None:
+    missing = [name for name, value in moments.items() if value is None]
+    if missing:
+        raise TypeError(
+            f"batch_statistic() needs the moments of the batch, and {' and '.join(missing)} did not come: moments = "
+            "entk.gradient_moments(loss_fn, params, batch), then tx.update(moments.mean_grads, state, params, "
+            "**moments._asdict()). ema_statistic() needs gradients alone."
+        )
+
+
+def _check_not_accumulated() -> None:
+    """Raise inside `optax.MultiSteps`: nothing that reaches a transformation tells it that its gradient is an average.
+
+    A step is traced (or run) while `MultiSteps.update` is on the stack, so that is looked up by its code object.
+    """
+    accumulating, frame = optax.MultiSteps.update.__code__, inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is accumulating:
+            raise NotImplementedError(
+                "batch_statistic() inside optax.MultiSteps: that averages gradients over micro-batches, but passes the "
+                "moments of the last one only. Take the moments of the whole batch, entk.gradient_moments(loss_fn, "
+                "params, batch, microbatch_size=...), accumulate them with optax.experimental.aggregating (see "
+                "batch_statistic), or use ema_statistic(), which takes each averaged gradient for one batch."
+            )
+        frame = frame.f_back
 
 
 def _check_moments(grads: Any, mean_grads: Any, sum_sq_diff_grads: Any, sample_size: Any) -> None:

@@ -8,9 +8,9 @@ import optax
 from jax.typing import ArrayLike
 
 from transforms import _validation
-from transforms._masks import Mask, SnrMask
+from transforms._masks import Mask, SnrMask, capped
 from transforms._reductions import PerScalar, Pooled, Reduction, debiased
-from transforms._statistic import Statistic, ema_statistic
+from transforms._statistic import Statistic, compute_dtype, ema_statistic
 from transforms._summary import Summary, no_summary, summary_of
 from transforms._thresholds import Threshold, TStatistic
 
@@ -22,14 +22,16 @@ class PopriskGateState(NamedTuple):
       step: steps taken.
       statistic_state: that of the statistic.
       inner_state: that of the transformation it wraps.
-      summary: what the gate did lately, an array at each leaf that `LeafSummary(*array)` names; `gate_report` shows it.
-        None with `summary=None`.
+      summary: what the gate did lately, an array with a row for each leaf that `LeafSummary(*row)` names; `gate_report`
+        shows it. None with `summary=None`.
+      leaf_names: names of these leaves, rows of UTF-8 bytes. None with `summary=None`.
     """
 
     step: jax.Array
     statistic_state: Any
     inner_state: optax.OptState
     summary: Any
+    leaf_names: Any
 
 
 def poprisk_gate(
@@ -80,10 +82,14 @@ def poprisk_gate(
       ValueError: warmup or floor out of the range stated above.
 
     The gate is neutral, that is equal to `inner`, for `mask=SnrMask(lam=0)` and for `floor=1`. q does not depend on the
-    scale of the loss, as long as squared gradients are representable (in float32, gradients above 1e-19). For finite
-    gradients q is never NaN. Where a gradient is not finite, the statistic stays as it was; `inner` sees that gradient
-    all the same, and `optax.apply_if_finite` around the whole optimizer keeps its state clean. Inside
-    `optax.MultiSteps` the statistic sees the accumulated gradients, each of them one batch.
+    scale of the loss, as long as squared gradients are representable (in float32, gradients from 1e-19 to 1e19), and
+    nothing that the gate computes of finite gradients is NaN. Where a gradient is not finite, the statistic stays as it
+    was; `inner` sees that gradient all the same, and `optax.apply_if_finite` around the whole optimizer keeps its state
+    clean. Inside `optax.MultiSteps` the statistic sees the accumulated gradients, each of them one batch;
+    `batch_statistic` refuses it.
+
+    The statistic is kept and q computed in at least float32, whatever the parameters are. `inner` keeps what it keeps:
+    `optax.adam` of bfloat16 parameters has bfloat16 moments, `poprisk_adamw` has not.
 
     Not supported: complex and integer parameters (keep them out with `optax.masked`).
 
@@ -120,8 +126,9 @@ def poprisk_gate(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> PopriskGateState:
-        kept = None if summary is None else no_summary(params)
-        return PopriskGateState(jnp.zeros([], jnp.int32), statistic.init(params), inner.init(params), kept)
+        _validation.check_float_leaves(params)
+        rows, names = (None, None) if summary is None else no_summary(params, summary)
+        return PopriskGateState(jnp.zeros([], jnp.int32), statistic.init(params), inner.init(params), rows, names)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -132,28 +139,35 @@ def poprisk_gate(
         statistic_state, moments = statistic.update(updates, state.statistic_state, params, **statistic_args)
         level = threshold.level(moments, state.step)
         treedef = jax.tree.structure(moments.mean)
-        signal = jax.tree.map(jnp.square, moments.mean)
-        noise = jax.tree.map(lambda variance: (level.unit * variance).astype(variance.dtype), moments.variance)
+        signal = jax.tree.map(lambda mean: capped(jnp.square(mean)), moments.mean)
+        noise = jax.tree.map(lambda var: capped(jnp.asarray(level.unit, var.dtype) * var), moments.variance)
         blocks = treedef.flatten_up_to(reduction.pool(signal, noise))
         pooled = [block._replace(num_together=debiased(block.num_together, moments.dof)) for block in blocks]
+        watching = step.astype(jnp.float32) <= jnp.asarray(warmup, jnp.float32)
 
         def q_of(pooled: Pooled) -> jax.Array:
-            q = mask.openness(pooled.signal, pooled.noise, level.tau(pooled.num_together))
-            return jnp.where(step <= warmup, 1, jnp.maximum(q, floor)).astype(q.dtype)
+            dtype = pooled.signal.dtype
+            q = mask.openness(pooled.signal, pooled.noise, jnp.asarray(level.tau(pooled.num_together), dtype))
+            return jnp.where(watching, 1, jnp.maximum(q.astype(dtype), jnp.asarray(floor, dtype)))
+
+        def gated(pooled: Pooled, proposed: jax.Array) -> jax.Array:
+            q = q_of(pooled)
+            dtype = compute_dtype(q, proposed)
+            return (q.astype(dtype) * jnp.asarray(proposed, dtype)).astype(jnp.result_type(proposed))
 
         leaves = treedef.flatten_up_to(proposed)
-        gated = [(q_of(block) * u).astype(u.dtype) for block, u in zip(pooled, leaves, strict=True)]
-        kept = None
+        rows = state.summary
         if summary is not None:
             means, variances = (treedef.flatten_up_to(tree) for tree in (moments.mean, moments.variance))
             samples = [summary.take(*leaf) for leaf in zip(leaves, means, variances, pooled, strict=True)]
 
-            def summarize() -> Any:
-                return treedef.unflatten([summary_of(sample, q_of, level, mask, moments) for sample in samples])
+            def summarize() -> jax.Array:
+                rows = [summary_of(sample, q_of, level, mask, moments) for sample in samples]
+                return jnp.stack(rows) if rows else state.summary
 
-            kept = jax.lax.cond(state.step % summary.every == 0, summarize, lambda: state.summary)
-        gated = treedef.unflatten(gated)
-        return gated, PopriskGateState(step, statistic_state, inner_state, kept)
+            rows = jax.lax.cond(state.step % summary.every == 0, summarize, lambda: state.summary)
+        steps = treedef.unflatten(map(gated, pooled, leaves))
+        return steps, PopriskGateState(step, statistic_state, inner_state, rows, state.leaf_names)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -45,8 +45,8 @@ class HardMask:
 
     def openness(self, signal: jax.Array, noise: jax.Array, tau: ArrayLike, /) -> jax.Array:
         """q, with the shape of `signal` and `noise`."""
-        signal, noise, tau = _capped(signal), _capped(noise), _finite(tau, noise)
-        return (signal > tau * noise).astype(signal.dtype)
+        signal, noise = capped(signal), capped(noise)
+        return (signal > _finite(tau, noise) * noise).astype(signal.dtype)
 
 
 @pytree
@@ -84,9 +84,10 @@ class SoftMask:
 
     def openness(self, signal: jax.Array, noise: jax.Array, tau: ArrayLike, /) -> jax.Array:
         """q, with the shape of `signal` and `noise`."""
-        signal, noise, tau = _capped(signal), _capped(noise), _finite(tau, noise)
-        excess = signal - tau * noise
-        return _share(jnp.maximum(excess, 0), self.lam * noise + self.eps, otherwise=excess >= 0)
+        signal, noise = capped(signal), capped(noise)
+        excess = signal - _finite(tau, noise) * noise
+        rest = _like(self.lam, noise) * noise + _like(self.eps, noise)
+        return _share(jnp.maximum(excess, 0), rest, otherwise=excess >= 0)
 
 
 @pytree
@@ -131,25 +132,30 @@ class SnrMask:
 
     def openness(self, signal: jax.Array, noise: jax.Array, tau: ArrayLike, /) -> jax.Array:
         """q, with the shape of `signal` and `noise`."""
-        signal, noise, tau = _capped(signal), _capped(noise), _finite(tau, noise)
-        return _share(signal, self.lam * _capped(noise * tau) + self.eps, otherwise=True)
+        signal, noise = capped(signal), capped(noise)
+        rest = _like(self.lam, noise) * capped(noise * _finite(tau, noise)) + _like(self.eps, noise)
+        return _share(signal, rest, otherwise=True)
 
 
-def _capped(power: jax.Array) -> jax.Array:
+def capped(power: jax.Array) -> jax.Array:
     """Keep a mean square so far from overflow that no ratio of two is inf/inf and no multiple 0·inf."""
     return jnp.minimum(power, float(jnp.finfo(power.dtype).max) / 4)
 
 
 def _finite(tau: ArrayLike, noise: jax.Array) -> jax.Array:
     """A threshold that no value passes (a share of zero) times no noise at all is no threshold, rather than 0·inf."""
-    return jnp.minimum(tau, float(jnp.finfo(noise.dtype).max) / 4)
+    return capped(_like(tau, noise))
+
+
+def _like(value: ArrayLike, noise: jax.Array) -> jax.Array:
+    return jnp.asarray(value, noise.dtype)
 
 
 def _share(part: jax.Array, rest: ArrayLike, otherwise: ArrayLike) -> jax.Array:
     """part / (part + rest) for non-negative numbers; `otherwise` where rest == 0."""
     # The inner where keeps 0/0 out of derivatives through the branch that is not taken.
     total = jnp.where(rest == 0, 1, part + rest)
-    return jnp.where(rest == 0, otherwise, part / total).astype(part.dtype)
+    return jnp.where(rest == 0, jnp.asarray(otherwise, part.dtype), part / total)
 
 
 def _check_lam(lam: ArrayLike) -> None:

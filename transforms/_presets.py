@@ -1,14 +1,16 @@
 """Published gates, to rounding, so that published runs can be repeated; none is what this package recommends."""
 
+from collections.abc import Callable
 from typing import Any
 
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from transforms._adam_statistics import adam_statistic
 from transforms._adamw import poprisk_adamw
 from transforms._masks import Mask, SnrMask, SoftMask
 from transforms._reductions import PerScalar, Reduction
+from transforms._summary import Summary
 from transforms._thresholds import Alpha
 
 
@@ -19,7 +21,16 @@ def algorithm_1(
     alpha: optax.ScalarOrSchedule = 1.0,
     mask: Mask = SoftMask(eps=1e-8),  # noqa: B008 (frozen)
     rho: ArrayLike = 0.99,
-    **adam: Any,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    reduction: Reduction = PerScalar(),  # noqa: B008 (frozen)
+    warmup: ArrayLike = 0,
+    floor: ArrayLike = 0.0,
+    summary: Summary | None = Summary(),  # noqa: B008 (frozen)
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The paper's Algorithm 1: streaming s, threshold alpha ŝ, soft mask.
 
@@ -28,7 +39,7 @@ def algorithm_1(
       alpha: 1 for fresh batches, `finite_data_alpha(b, n)` for batches of b redrawn from n examples.
       mask: `SoftMask(lam, eps)`; the paper's other two are `HardMask()` and `SnrMask(lam, eps)`.
       rho: decay of s.
-      **adam: b1, b2, eps and the rest of `poprisk_adamw`'s arguments.
+      b1, b2, eps, eps_root, mu_dtype, reduction, warmup, floor, summary, weight_decay_mask: as in `poprisk_adamw`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -48,7 +59,16 @@ def algorithm_1(
         statistic=adam_statistic(rho),
         threshold=Alpha(alpha),
         mask=mask,
-        **adam,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        mu_dtype=mu_dtype,
+        reduction=reduction,
+        warmup=warmup,
+        floor=floor,
+        summary=summary,
+        weight_decay_mask=weight_decay_mask,
     )
 
 
@@ -58,9 +78,17 @@ def popriskmin(
     *,
     alpha: optax.ScalarOrSchedule = 1.0,
     mask: Mask = SnrMask(eps=1e-8),  # noqa: B008 (frozen)
-    reduction: Reduction = PerScalar(),  # noqa: B008 (frozen)
     rho: ArrayLike = 0.99,
-    **adam: Any,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    reduction: Reduction = PerScalar(),  # noqa: B008 (frozen)
+    warmup: ArrayLike = 0,
+    floor: ArrayLike = 0.0,
+    summary: Summary | None = Summary(),  # noqa: B008 (frozen)
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The authors' PyTorch package `popriskmin`, with its defaults: Algorithm 1 with the snr mask.
 
@@ -73,7 +101,7 @@ def popriskmin(
       mask: `SnrMask(lam, eps)`, `SoftMask(lam, eps)` or `HardMask()`; lam is its `softness`.
       reduction: `PerScalar()` or `PerTensor()`.
       rho: decay of s.
-      **adam: b1, b2, eps and the rest of `poprisk_adamw`'s arguments.
+      b1, b2, eps, eps_root, mu_dtype, warmup, floor, summary, weight_decay_mask: as in `poprisk_adamw`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -88,7 +116,23 @@ def popriskmin(
 
     >>> tx = popriskmin(3e-4)
     """
-    return algorithm_1(learning_rate, weight_decay, alpha=alpha, mask=mask, rho=rho, reduction=reduction, **adam)
+    return algorithm_1(
+        learning_rate,
+        weight_decay,
+        alpha=alpha,
+        mask=mask,
+        rho=rho,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        mu_dtype=mu_dtype,
+        reduction=reduction,
+        warmup=warmup,
+        floor=floor,
+        summary=summary,
+        weight_decay_mask=weight_decay_mask,
+    )
 
 
 def snr_grad(
@@ -98,7 +142,16 @@ def snr_grad(
     alpha: optax.ScalarOrSchedule = 1.0,
     mask: Mask = SnrMask(eps=1e-12),  # noqa: B008 (frozen)
     rho: ArrayLike = 0.99,
-    **adam: Any,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    reduction: Reduction = PerScalar(),  # noqa: B008 (frozen)
+    warmup: ArrayLike = 0,
+    floor: ArrayLike = 0.0,
+    summary: Summary | None = Summary(),  # noqa: B008 (frozen)
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`SNRAdamW` of the PyTorch package snr-grad, with its defaults: Algorithm 1 with the snr mask and a small eps.
 
@@ -107,7 +160,7 @@ def snr_grad(
       alpha: its `alpha`: 1 is "online", `finite_data_alpha(b, n)` is "finite".
       mask: `SnrMask(lam, eps)`, `SoftMask(lam, eps)` or `HardMask()`; lam is its `lambda_pop`, eps its `gate_eps`.
       rho: decay of s.
-      **adam: b1, b2, eps and the rest of `poprisk_adamw`'s arguments.
+      b1, b2, eps, eps_root, mu_dtype, reduction, warmup, floor, summary, weight_decay_mask: as in `poprisk_adamw`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -123,4 +176,20 @@ def snr_grad(
 
     >>> tx = snr_grad(3e-4, mask=SnrMask(lam=2.0, eps=1e-12))
     """
-    return algorithm_1(learning_rate, weight_decay, alpha=alpha, mask=mask, rho=rho, **adam)
+    return algorithm_1(
+        learning_rate,
+        weight_decay,
+        alpha=alpha,
+        mask=mask,
+        rho=rho,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        mu_dtype=mu_dtype,
+        reduction=reduction,
+        warmup=warmup,
+        floor=floor,
+        summary=summary,
+        weight_decay_mask=weight_decay_mask,
+    )

@@ -5,6 +5,7 @@ Where each scalar's statistic is noisy but a block shares its signal, the block 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -113,11 +114,16 @@ class ByLabel:
         members = {name: [i for i, other in enumerate(names) if other == name] for name in names}
 
         def of_label(indices: list[int]) -> Pooled:
-            size = sum(leaves[i].size for i in indices)
-            total, signal = (jnp.stack([jnp.sum(tree[i]) for i in indices]).sum() for tree in (leaves, signals))
-            peak = jnp.stack([jnp.max(leaves[i], initial=0) for i in indices]).max()
-            squares = jnp.stack([jnp.sum(_relative(leaves[i], peak) ** 2) for i in indices]).sum()
-            return Pooled(signal / size, total / size, _count(total, peak, squares))
+            dtype = max((leaves[i].dtype for i in indices), key=lambda dtype: jnp.finfo(dtype).bits)
+
+            def all_of(of: Callable[[jax.Array], jax.Array], tree: list[jax.Array]) -> jax.Array:
+                return jnp.stack([of(tree[i]).astype(dtype) for i in indices])
+
+            size = max(sum(leaves[i].size for i in indices), 1)
+            peak = all_of(lambda noise: jnp.max(noise, initial=0), leaves).max()
+            total = all_of(lambda noise: jnp.sum(_relative(noise, peak)), leaves).sum()
+            squares = all_of(lambda noise: jnp.sum(_relative(noise, peak) ** 2), leaves).sum()
+            return Pooled(all_of(jnp.sum, signals).sum() / size, peak * (total / size), _count(total, squares))
 
         pooled = {name: of_label(indices) for name, indices in members.items()}
         return jax.tree.unflatten(treedef, [pooled[name] for name in names])
@@ -133,16 +139,18 @@ def debiased(num_together: ArrayLike, dof: ArrayLike) -> jax.Array:
 
 
 def _block(signal: jax.Array, noise: jax.Array, axes: tuple[int, ...]) -> Pooled:
-    total, peak = jnp.sum(noise, axes, keepdims=True), jnp.max(noise, axes, keepdims=True, initial=0)
-    count = _count(total, peak, jnp.sum(_relative(noise, peak) ** 2, axes, keepdims=True))
-    return Pooled(jnp.mean(signal, axes, keepdims=True), jnp.mean(noise, axes, keepdims=True), count)
+    size = max(math.prod(noise.shape[axis] for axis in axes), 1)
+    peak = jnp.max(noise, axes, keepdims=True, initial=0)
+    total = jnp.sum(_relative(noise, peak), axes, keepdims=True)
+    count = _count(total, jnp.sum(_relative(noise, peak) ** 2, axes, keepdims=True))
+    return Pooled(jnp.sum(signal, axes, keepdims=True) / size, peak * (total / size), count)
 
 
 def _relative(noise: jax.Array, peak: jax.Array) -> jax.Array:
-    """noise / peak, whose squares do not underflow as those of a squared gradient do."""
-    return noise / jnp.where(peak > 0, peak, 1)
+    """noise / peak, whose sums do not overflow and whose squares do not underflow as those of a squared gradient do."""
+    return noise / jnp.where(peak > 0, peak, 1).astype(noise.dtype)
 
 
-def _count(total: jax.Array, peak: jax.Array, squares: jax.Array) -> jax.Array:
+def _count(total: jax.Array, squares: jax.Array) -> jax.Array:
     """(Σ noise)² / Σ noise², and 1 for a block without noise."""
-    return jnp.where(peak > 0, _relative(total, peak) ** 2 / jnp.where(peak > 0, squares, 1), 1)
+    return jnp.where(squares > 0, total**2 / jnp.where(squares > 0, squares, 1), 1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import sys
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from transforms import _null
 from transforms._gate import PopriskGateState
-from transforms._summary import LeafSummary
+from transforms._summary import LeafSummary, leaf_names
 
 # Where a gate can hardly do anything, in shares of coordinates.
 _NEARLY_ALL, _NEARLY_NONE, _PURE_NOISE_OPEN = 0.95, 0.02, 0.8
@@ -28,13 +29,16 @@ class Shown:
         return Group(*self.shown())
 
     def __repr__(self) -> str:
-        return self._render().export_text()
+        # Printed where not every character exists (a log in ASCII, a Windows code page), it has simpler lines and "?".
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        return self._render(encoding).export_text().encode(encoding, "replace").decode(encoding)
 
     def _repr_html_(self) -> str:
-        return self._render().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return self._render("utf-8").export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
-    def _render(self) -> Console:
-        console = Console(record=True, width=118, file=io.StringIO(), force_jupyter=False)
+    def _render(self, encoding: str) -> Console:
+        file = io.TextIOWrapper(io.BytesIO(), encoding, errors="replace")
+        console = Console(record=True, width=118, file=file, force_jupyter=False)
         console.print(self)
         return console
 
@@ -144,7 +148,7 @@ def gate_report(state: Any) -> GateReport:
     >>> print(f"{report.total.open_fraction:.2f} open, {report.total.noise_open_fraction:.2f} expected on noise")
     0.33 open, 0.32 expected on noise
     """
-    gates = [g for g in jax.tree.leaves(state, is_leaf=_is_gate) if _is_gate(g)]
+    gates = gates_of(state)
     if not gates:
         raise ValueError(
             f"No gate in this state, a {type(state).__name__}: pass the state of an optimizer that contains "
@@ -160,17 +164,19 @@ def gate_report(state: Any) -> GateReport:
         raise ValueError("The gate has not taken a step yet: there is nothing to report.")
     rows = []
     for gate in gates:
-        rows += [
-            (jax.tree_util.keystr(path, simple=True, separator="."), LeafSummary(*jax.device_get(leaf)))
-            for path, leaf in jax.tree.leaves_with_path(gate.summary)
-        ]
+        if gate.summary is not None:
+            summary, names = jax.device_get((gate.summary, gate.leaf_names))
+            rows += [(name, LeafSummary(*row)) for name, row in zip(leaf_names(names), summary, strict=True)]
     layers = tuple(_layer(name or "parameters", [leaf]) for name, leaf in rows)
     total = _layer("all", [leaf for _, leaf in rows])
     return GateReport(int(max(steps)), layers, total, _warnings(total))
 
 
-def _is_gate(node: Any) -> bool:
-    return isinstance(node, PopriskGateState)
+def gates_of(state: Any) -> list[PopriskGateState]:
+    """What `gate_report` reads of a state: its gates, without what they estimate and wrap."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, PopriskGateState))
+    gates = [node for node in nodes if isinstance(node, PopriskGateState)]
+    return [gate._replace(statistic_state=None, inner_state=None) for gate in gates]
 
 
 def _layer(name: str, leaves: list[LeafSummary]) -> LayerReport:

@@ -1,5 +1,6 @@
 """Statistics: what the gate knows of each gradient coordinate, its mean and its variance from step to step."""
 
+import itertools
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -101,21 +102,23 @@ def ema_statistic(
       rho: decay of the variance, in [0, 1).
       data_noise: variance of the training set's own mean gradient around the population's, in units of ŝ, >= 0:
         0 where every batch is fresh, `finite_data_alpha(b, n)` where batches of b are redrawn from n examples.
-      state_dtype: floating-point dtype in which both averages are stored; None stores each in its parameter's dtype.
-        Arithmetic is done in at least float32 either way. Choose float32 for bfloat16 parameters: in its 8 bits an
-        average with rho = 0.99 stops moving when its input changes by less than about a third.
+      state_dtype: dtype in which both averages are stored. None is float32, or float64 for float64 parameters: in the
+        8 bits of a bfloat16 parameter an average of a constant 1 with rho = 0.99 would stop at 0.8. `jnp.bfloat16`
+        halves the state and rounds stochastically, so that averages are right on average; its rounding adds about 2 %
+        to the spread of ŝ, whose own is 10 %. Arithmetic is done in at least float32 either way.
 
     Returns:
       A `Statistic`. Its moments have the gradients' shapes and are at least float32.
 
     Raises:
-      ValueError: b1 or rho outside [0, 1), data_noise negative.
-      TypeError: a number of the wrong kind, state_dtype not floating-point, or (at `init`) a parameter that is not real
-        floating-point.
+      ValueError: b1 or rho outside [0, 1), or so near 1 that float32 rounds it to 1; data_noise negative.
+      TypeError: a number of the wrong kind, a state_dtype other than the three, or (at `init`) a parameter that is not
+        real floating-point.
 
-    A coordinate whose gradient is not finite keeps its averages. Squares above a quarter of state_dtype's largest
-    number are capped there, so that one huge gradient cannot leave an infinity behind; squares below its smallest are
-    zero.
+    A coordinate whose gradient is not finite keeps its averages. Squares are those of float32: above a quarter of its
+    largest number (gradients above 1e19) they are capped there, so that one huge gradient cannot leave an infinity
+    behind, and below its smallest (gradients below 1e-19) they are zero. A decay that is traced, or injected, cannot be
+    refused: it is taken to be the nearest number of [0, 1) that float32 holds.
 
     Not supported: complex parameters.
 
@@ -134,7 +137,7 @@ def ema_statistic(
     _validation.check_decay("b1", b1)
     _validation.check_decay("rho", rho)
     check_data_noise(data_noise)
-    _validation.check_state_dtype(state_dtype)
+    _validation.check_state_dtype("state_dtype", state_dtype)
 
     def init(params: optax.Params) -> EmaStatisticState:
         # Two trees of zeros: one shared by both fields could not be donated to a jitted step.
@@ -146,9 +149,10 @@ def ema_statistic(
     ) -> tuple[EmaStatisticState, Moments]:
         del params, extra_args
         step = jnp.asarray(optax.safe_increment(state.step))
-        deviations = jax.tree.map(squared_deviation, grads, state.mean, state.variance)
-        mean, mean_hat = ema(grads, state.mean, b1, step)
-        variance, variance_hat = ema(deviations, state.variance, rho, step)
+        finite = jax.tree.map(jnp.isfinite, grads)
+        mean, mean_hat = ema(grads, state.mean, b1, step, where=finite)
+        squares = squared_deviations(grads, state.mean, mean, state.variance, b1)
+        variance, variance_hat = ema(squares, state.variance, rho, step, where=finite)
         moments = streaming_moments(mean_hat, variance_hat, b1, rho, step, data_noise)
         return EmaStatisticState(step, mean, variance), moments
 
@@ -165,9 +169,14 @@ def streaming_moments(
 ) -> Moments:
     """Bias-corrected averages with what is known of their noise."""
     noise_ratio, dof, overlap = _null_constants(b1, rho, step)
-    # At the first step the squared mean is the variance. Rounding must not decide which of two equals is greater.
-    variance = jax.tree.map(lambda v: v * jnp.where(step == 1, 1 + 32 * jnp.finfo(v.dtype).eps, 1), variance)
-    return Moments(mean, variance, noise_ratio + data_noise, dof, overlap)
+
+    def at_first_step(variance: jax.Array) -> jax.Array:
+        # At the first step the squared mean is the variance. Rounding must not decide which of two equals is greater.
+        more = jnp.where(step == 1, 1 + 32 * float(jnp.finfo(variance.dtype).eps), 1)
+        return variance * more.astype(variance.dtype)
+
+    variance = jax.tree.map(at_first_step, variance)
+    return Moments(mean, variance, noise_ratio + jnp.asarray(data_noise, noise_ratio.dtype), dof, overlap)
 
 
 def check_data_noise(data_noise: ArrayLike) -> None:
@@ -176,42 +185,100 @@ def check_data_noise(data_noise: ArrayLike) -> None:
 
 
 def zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
-    """Zeros of the parameters' shapes, in `dtype` or their own."""
+    """Zeros of the parameters' shapes, in `dtype` or in at least float32."""
     _validation.check_float_leaves(params)
     # The explicit dtype keeps a Python scalar from starting a weakly typed state that its first update would retype.
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.result_type(p) if dtype is None else dtype), params)
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=compute_dtype(p) if dtype is None else dtype), params)
 
 
-def squared_deviation(grad: ArrayLike, mean: jax.Array, variance: jax.Array) -> jax.Array:
-    """(g - m)², capped so that no average of such squares overflows where it is stored; NaN where g is not finite."""
-    deviation = jnp.asarray(grad, compute_dtype(grad, mean, variance)) - mean
-    square = jnp.minimum(jnp.square(deviation), float(jnp.finfo(variance.dtype).max) / 4)
-    return jnp.where(jnp.isfinite(grad), square, jnp.nan)
+def squared_deviations(grads: Any, old_mean: Any, new_mean: Any, variance: Any, b1: ArrayLike) -> Any:
+    """(g - m)², m before this step, capped so that no average of such squares overflows where variance is kept."""
+
+    def of_leaf(grad: ArrayLike, old: jax.Array, new: jax.Array, variance: jax.Array) -> jax.Array:
+        dtype = compute_dtype(grad, old, variance)
+        mean, scale = old, jnp.ones([], dtype)
+        # g - m' = b1 (g - m): with the new m alone, a compiled step need not keep a copy of the old one. Not where that
+        # difference is mostly rounding.
+        if old.dtype == dtype and _validation.is_known(b1, lambda b1: b1 >= 0.1):
+            mean, scale = new, 1 / jnp.asarray(b1, dtype) ** 2
+        square = scale * jnp.square(jnp.asarray(grad, dtype) - mean.astype(dtype))
+        return jnp.minimum(square, float(jnp.finfo(compute_dtype(variance)).max) / 4)
+
+    return jax.tree.map(of_leaf, grads, old_mean, new_mean, variance)
 
 
-def ema(values: Any, averages: Any, decay: ArrayLike, step: jax.Array) -> tuple[Any, Any]:
-    """One step of an exponential moving average over a tree: (raw, to be stored; bias-corrected, to be used).
+def ema(values: Any, averages: Any, decay: ArrayLike, step: jax.Array, where: Any) -> tuple[Any, Any]:
+    """One step of an exponential moving average over a tree: (raw, as stored; bias-corrected, to be used).
 
-    Where a value is not finite the average stays as it was. The corrected average is taken from the raw one before that
-    is rounded to its storage dtype; written so, a compiled step reads each old average once and updates it in place.
+    Where `where` (a tree, or one boolean) is false the average stays as it was. The corrected average is taken from
+    what is stored; written so, a compiled step reads each old average once and updates it in place.
     """
 
-    def raw(value: ArrayLike, average: jax.Array) -> jax.Array:
-        old = jnp.asarray(decay, compute_dtype(value, average))
-        return jnp.where(jnp.isfinite(value), old * average + (1 - old) * value, average)
+    def raw(value: ArrayLike, average: jax.Array, moves: jax.Array) -> jax.Array:
+        dtype = compute_dtype(value, average)
+        old, average = safe_decay(decay, dtype), average.astype(dtype)
+        return jnp.where(moves, old * average + (1 - old) * jnp.asarray(value, dtype), average)
 
-    def corrected(raw: jax.Array) -> jax.Array:
-        return raw * (1 / (1 - jnp.asarray(decay, raw.dtype) ** step))
+    def corrected(stored: jax.Array, value: ArrayLike) -> jax.Array:
+        dtype = compute_dtype(stored, value)
+        return stored.astype(dtype) * (1 / one_minus_power(safe_decay(decay, dtype), step))
 
-    raws = jax.tree.map(raw, values, averages)
-    return jax.tree.map(lambda r, a: r.astype(a.dtype), raws, averages), jax.tree.map(corrected, raws)
+    raws = jax.tree.map(raw, values, averages, jax.tree.broadcast(where, averages))
+    stored = rounded_like(raws, averages, step)
+    return stored, jax.tree.map(corrected, stored, values)
+
+
+def rounded_like(values: Any, like: Any, step: jax.Array) -> Any:
+    """`values` in the dtypes of `like`; what becomes bfloat16 is rounded stochastically."""
+    leaves, treedef = jax.tree.flatten(values)
+    dtypes = [leaf.dtype for leaf in treedef.flatten_up_to(like)]
+
+    def rounded(number: int, value: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return stochastically_rounded(value, step, number) if dtype == jnp.bfloat16 else value.astype(dtype)
+
+    return treedef.unflatten([rounded(i, *pair) for i, pair in enumerate(zip(leaves, dtypes, strict=True))])
+
+
+def stochastically_rounded(value: jax.Array, step: jax.Array, salt: int) -> jax.Array:
+    """Finite numbers in bfloat16, rounded up or down at random so that the mean over steps is the number itself.
+
+    A float32 is a bfloat16 and 16 more bits: 16 random bits are added to those before they are cut off. They are a hash
+    of the coordinate's index and of the step, which needs no key and is the same however the array is sharded.
+    """
+    index = jnp.full(value.shape, jnp.uint32(salt * 0x632BE5AB & 0xFFFFFFFF))
+    for axis, multiplier in zip(range(value.ndim), itertools.cycle((0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)), strict=False):
+        index += jax.lax.broadcasted_iota(jnp.uint32, value.shape, axis) * jnp.uint32(multiplier)
+    bits = _mixed(index ^ _mixed(step.astype(jnp.uint32) * jnp.uint32(0x27D4EB2F)))
+    largest = float(jnp.finfo(jnp.bfloat16).max)  # what is between it and infinity must not be rounded up
+    exact = jax.lax.bitcast_convert_type(jnp.clip(value, -largest, largest).astype(jnp.float32), jnp.uint32)
+    cut = (exact + (bits >> 16)) & jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(cut, jnp.float32).astype(jnp.bfloat16)
+
+
+def _mixed(bits: jax.Array) -> jax.Array:
+    """Every bit of the result depends on every bit of the argument (the last rounds of MurmurHash3)."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
+
+
+def safe_decay(decay: ArrayLike, dtype: DTypeLike) -> jax.Array:
+    """`decay` in `dtype`, in [0, 1) even where it was traced and could not be checked: no average stands still."""
+    return jnp.clip(jnp.asarray(decay, dtype), 0, 1 - float(jnp.finfo(jnp.float32).epsneg))
+
+
+def one_minus_power(decay: jax.Array, step: ArrayLike) -> jax.Array:
+    """1 - decay^step, to the last digits of the dtype also where the power is nearly 1."""
+    count = jnp.asarray(step).astype(decay.dtype)
+    # A zero decay has no logarithm; its power is 1 at step 0 and zero from then on.
+    return jnp.where(decay > 0, -jnp.expm1(count * jnp.log(jnp.where(decay > 0, decay, 1))), jnp.minimum(count, 1))
 
 
 def sum_of_squared_weights(decay: ArrayLike, step: ArrayLike) -> jax.Array:
     """Σ w_i² of a bias-corrected moving average after `step` values: Var m̂ in units of one value's variance."""
-    decay = jnp.asarray(decay, float)
-    fading = decay**step
-    return (1 - decay) / (1 + decay) * (1 + fading) / (1 - fading)
+    decay = safe_decay(decay, float)
+    total = one_minus_power(decay, step)
+    return (1 - decay) / (1 + decay) * (2 - total) / total
 
 
 def _null_constants(b1: ArrayLike, rho: ArrayLike, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -221,22 +288,27 @@ def _null_constants(b1: ArrayLike, rho: ArrayLike, step: jax.Array) -> tuple[jax
     (1 - b1)/(1 + b1) (1 - b1^(2(i - 1))), and along w it is w_i (1 + b1^(2i - 1))/(1 + b1); both are averaged with the
     weights of rho, in closed form.
     """
-    b1, rho = jnp.asarray(b1, float), jnp.asarray(rho, float)
-    square, slow, fast = b1**2, rho**step, b1 ** (2 * step)
+    b1, rho = safe_decay(b1, float), safe_decay(rho, float)
+    square = b1**2
+    slow, fast = one_minus_power(rho, step), one_minus_power(square, step)  # 1 - rho^t, 1 - b1^(2t)
+    count = jnp.asarray(step).astype(rho.dtype)
     # Σ_i rho^(t-i) b1^(2(i-1)) over i = 1 ... t is (rho^t - b1^(2t))/(rho - b1²), or t rho^(t-1) where they meet.
     meets = jnp.abs(rho - square) < 1e-4
-    powers = jnp.where(meets, step * rho ** (step - 1), (slow - fast) / jnp.where(meets, 1, rho - square))
-    weight = (1 - rho) / (1 - slow)
+    where_they_meet = count * (1 - one_minus_power(rho, step - 1))
+    powers = jnp.where(meets, where_they_meet, (fast - slow) / jnp.where(meets, 1, rho - square))
+    weight = (1 - rho) / slow
     trace = 1 + (1 - b1) / (1 + b1) * (1 - weight * powers)  # of A: E ŝ
     both = rho * square
     # Written without dividing by b1, which may be zero: Σ_k both^k (1 + b1^(2i - 1))² with k = t - i.
-    cross = jnp.where(b1 > 0, fast / jnp.where(b1 > 0, b1, 1), 0.0) * (1 - slow) / (1 - rho)
-    sums = (1 - both**step) / (1 - both) + 2 * cross + fast * powers
-    overlap = weight * (1 - b1) * sums / ((1 + b1) * (1 - fast)) / trace  # wᵀA w / (wᵀw tr A)
+    cross = (1 - one_minus_power(b1, 2 * step - 1)) * slow / (1 - rho)
+    sums = one_minus_power(both, step) / (1 - both) + 2 * cross + (1 - fast) * powers
+    overlap = weight * (1 - b1) * sums / ((1 + b1) * fast) / trace  # wᵀA w / (wᵀw tr A)
     dof = (1 - overlap) ** 2 / jnp.maximum(sum_of_squared_weights(rho, step) - overlap**2, 1e-12)
     return sum_of_squared_weights(b1, step) / trace, jnp.where(step > 1, dof, 1e-3), overlap
 
 
 def compute_dtype(*arrays: ArrayLike) -> jnp.dtype:
     """At least float32, and no narrower than any of the arrays."""
-    return jnp.result_type(*arrays, jnp.float32)
+    # Not jnp.result_type of all of them, which refuses float8, and every mixture under strict promotion.
+    dtypes = [jnp.dtype(jnp.float32), *map(jnp.result_type, arrays)]
+    return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)

@@ -108,7 +108,7 @@ class TStatistic:
     def level(self, moments: Moments, step: jax.Array, /) -> Level:
         """The level at this step."""
         z = at_step(self.z, step)
-        return Level(moments.noise_ratio, lambda count: z**2)
+        return Level(moments.noise_ratio, lambda count: z * z)
 
 
 @pytree

@@ -36,15 +36,17 @@ def check_sample_size(value: Any) -> None:
 
 
 def check_decay(name: str, value: Any) -> None:
-    """Raise unless `value` can be the decay of a moving average: a real number in [0, 1)."""
+    """Raise unless `value` can be the decay of a moving average in float32: a real number in [0, 1) also there."""
     remedy = "0 keeps the last step only, 0.9 and 0.99 average over about 10 and 100 steps"
     _check_number(name, value, lambda x: (x >= 0) & (x < 1), "in [0, 1)", remedy)
+    rule = "in [0, 1) once it is rounded to float32, where an average with a decay of 1 would never move"
+    _check_number(name, value, lambda x: x.astype(np.float32) < 1, rule, "0.9999999 is about the largest")
 
 
-def is_known_positive(value: Any) -> bool:
-    """Whether `value` is a positive number rather than a traced one, which may turn out to be zero."""
+def is_known(value: Any, holds: Callable[[np.ndarray], Any]) -> bool:
+    """Whether `holds(value)`, of a number rather than of a traced one, which may turn out to be anything."""
     try:
-        return bool(np.all(np.asarray(value) > 0))
+        return bool(np.all(holds(np.asarray(value))))
     except jax.errors.TracerArrayConversionError:
         return False
 
@@ -92,22 +94,43 @@ def check_method(name: str, value: Any, method: str, examples: str) -> None:
         )
 
 
-def check_state_dtype(value: Any) -> None:
-    """Raise unless `value` is None or a floating-point dtype."""
-    if value is not None and not jnp.issubdtype(value, jnp.floating):
+def check_state_dtype(name: str, value: Any) -> None:
+    """Raise unless moving averages can be kept in `value`: None, bfloat16, float32 or float64."""
+    if value is None:
+        return
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
         raise TypeError(
-            f"state_dtype must be a floating-point dtype such as jnp.float32, got {value!r}; None stores each "
-            "moment in its parameter's own dtype."
+            f"{name} must be jnp.float32, jnp.float64 or jnp.bfloat16, got {value!r}: averages of small gradients "
+            "underflow, or stop moving, in other dtypes. None is at least float32."
         )
 
 
 def check_float_leaves(params: optax.Params) -> None:
     """Raise unless every leaf of `params` is real floating-point: a variance of anything else is not defined here."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        dtype = jnp.result_type(leaf)
+        where = f"params{jax.tree_util.keystr(path)}"
+        try:
+            dtype = jnp.result_type(leaf)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"The gate needs arrays as parameters, got {_kind(leaf)} at {where}. Of an Equinox module pass the "
+                "arrays alone, tx.init(eqx.filter(model, eqx.is_inexact_array)), of other objects their pytree of JAX "
+                "or NumPy arrays."
+            ) from None
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"The gate needs real floating-point parameters, got {dtype} at params{jax.tree_util.keystr(path)}. "
-                "Keep such leaves out with optax.masked or optax.partition; wrap complex ones with "
-                "optax.contrib.split_real_and_imaginary."
+                f"The gate needs real floating-point parameters, got {dtype} at {where}. Keep such leaves out with "
+                "optax.masked or optax.partition (of an Equinox module: eqx.filter(model, eqx.is_inexact_array)); wrap "
+                "complex ones with optax.contrib.split_real_and_imaginary."
             )
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in words: a function by its name, anything else by its type."""
+    if callable(value):
+        return f"the function {getattr(value, '__name__', type(value).__name__)}"
+    return f"a {type(value).__module__}.{type(value).__qualname__}".replace("builtins.", "")

@@ -208,10 +208,11 @@ def openness(state: Any) -> dict[str, jax.Array]:
     """Mean q of the last step, where the optimizer has a gate."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, PopriskGateState))
     summaries = [node.summary for node in nodes if isinstance(node, PopriskGateState)]
-    gates = [LeafSummary(*array) for array in jax.tree.leaves(summaries)]
-    if not gates:
+    rows = [rows for rows in summaries if rows is not None]
+    if not rows:
         return {}
-    return {"open": jnp.stack([one.sum_openness for one in gates]).sum() / sum(one.size for one in gates)}
+    gates = LeafSummary(*jnp.concatenate(rows).T)
+    return {"open": jnp.sum(jnp.asarray(gates.sum_openness)) / jnp.sum(jnp.asarray(gates.size))}
 
 
 def gradient(losses: Callable, params: Any, batch: Any, exact: bool) -> tuple[Any, dict[str, Any]]:

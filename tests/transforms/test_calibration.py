@@ -225,6 +225,10 @@ ALL_SHARES = OpenShare(jnp.array(SHARES))
 STREAMING = {
     "ema_statistic": poprisk_gate,
     "adam_statistic": functools.partial(poprisk_adamw, 0.1, weight_decay=0.0),
+    "ema_statistic, bfloat16": functools.partial(poprisk_gate, statistic=ema_statistic(state_dtype=jnp.bfloat16)),
+    "adam_statistic, bfloat16": functools.partial(
+        poprisk_adamw, 0.1, weight_decay=0.0, statistic=adam_statistic(state_dtype=jnp.bfloat16)
+    ),
     "adam_moments_statistic, b1 = b2": functools.partial(
         poprisk_adamw, 0.1, 0.9, 0.9, weight_decay=0.0, statistic=adam_moments_statistic()
     ),

@@ -5,9 +5,10 @@ import numpy as np
 import optax
 import pytest
 
-from transforms import HardMask, SnrMask, gate_audit, poprisk_adamw
+from transforms import HardMask, SnrMask, _audit, gate_audit, poprisk_adamw
 
 DIMENSION = 100
+OPTIMIZERS = {"plain": optax.adam(1e-3), "gated": poprisk_adamw(1e-3, weight_decay=0.0)}
 
 
 def squared(w, batch):
@@ -118,3 +119,35 @@ def test_losses_may_come_as_their_mean():
     options = {"batch_size": 20, "num_splits": 2, "num_batches": 5}
     each, together = (gate_audit(loss, jnp.zeros(DIMENSION), data, **options) for loss in (squared, mean))
     np.testing.assert_allclose(each.gain, together.gain, rtol=1e-3)
+
+
+def test_the_verdict_says_when_the_plain_slope_itself_is_not_seen():
+    audit = gate_audit(squared, jnp.zeros(DIMENSION), sparse(0, noise=3.0), batch_size=20, num_splits=4)
+    assert audit.plain_interval[0] < 0 < audit.plain_interval[1]
+    for said in ("plain step itself is not seen", "95 % interval", "more examples", "num_batches", "num_splits"):
+        assert said in audit.verdict
+    seen = gate_audit(squared, jnp.zeros(DIMENSION), sparse(2, noise=1.0), batch_size=20, num_splits=4)
+    low, high = seen.plain_interval
+    assert 0 < low < seen.plain_slope < high
+    assert "itself" not in seen.verdict
+
+
+def test_copies_of_the_parameters_held_at_the_peak():
+    """As the docstring says: eleven, of what the compiled programs take, give and hold in between."""
+    size = 400_000
+    params = jnp.full((400, size // 400), 0.01, jnp.float32)
+    batch, states = jnp.ones((8, 400), jnp.float32), {name: tx.init(params) for name, tx in OPTIMIZERS.items()}
+
+    def losses(params, batch):
+        return (jnp.tanh(batch @ params).mean(1) - 1) ** 2
+
+    watch, propose, add_gradient = _audit._programs(losses, OPTIMIZERS)
+    inputs = (params, states, _audit._no_spread(params), batch)
+    held = []
+    for program, arguments in ((watch, inputs), (propose, inputs), (add_gradient, (params, params, batch, 0.5))):
+        memory = program.lower(*arguments).compile().memory_analysis()
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        held.append((memory.argument_size_in_bytes + new + memory.temp_size_in_bytes) / (4 * size))
+    assert max(held) == held[1]
+    np.testing.assert_allclose(held, [8, 11, 3], atol=0.3)
+    assert "eleven copies of params" in gate_audit.__doc__

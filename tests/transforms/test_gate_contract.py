@@ -316,6 +316,74 @@ def test_partition(tx):
     assert_close(params["b"], train(optax.sgd(0.1), gradients["b"], PARAMS["b"])[0])
 
 
+@pytest.mark.parametrize("statistic", ["batch", "batch, b1"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_multi_steps_around_exact_moments_is_refused(placement, statistic):
+    """However deep the gate is inside, and however the step is run."""
+    tx = PLACEMENTS[placement](statistic=STATISTICS[statistic])
+    inside = optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), optax.masked(tx, True)), 3)
+    gradient = steps(gradients_of(1))[0]
+    for accumulated in (optax.MultiSteps(tx, 2), optax.MultiSteps(inside, lambda step: step + 1)):
+        state = accumulated.init(PARAMS)
+        for run in (
+            accumulated.update,
+            jax.jit(accumulated.update),
+            jax.jit(accumulated.gradient_transformation().update),
+        ):
+            with pytest.raises(
+                NotImplementedError, match=r"inside optax.MultiSteps.*gradient_moments.*microbatch_size"
+            ):
+                run(gradient, state, PARAMS, **moments_of(gradient))
+    train(tx, gradients_of(2))  # outside nothing is refused, afterwards as before
+
+
+@pytest.mark.parametrize("b1", [None, 0.5])
+@pytest.mark.parametrize("jit", [True, False])
+def test_aggregated_micro_batches_are_the_whole_batch(b1, jit):
+    """`optax.experimental.aggregating` pools the moments of micro-batches: the step is that of all their examples."""
+    tx = poprisk_gate(optax.sgd(0.1), statistic=batch_statistic(b1), mask=SnrMask(), summary=None)
+    examples = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), (2, 12, *p.shape)) + 0.3, PARAMS)
+    aggregating = optax.experimental.aggregating
+    pooled = aggregating.process(
+        optax.identity(),
+        aggregating.get_per_element_mean_and_sum_sq_diff_grads(per_elt_axis=0, accumulation_steps=3),
+        tx,
+        aggregator_has_aux=True,
+    )
+    update = jax.jit(pooled.update) if jit else pooled.update
+    state, whole_state = pooled.init(PARAMS), tx.init(PARAMS)
+    for batch in steps(examples):
+        for start in (0, 4, 8):
+            part = jax.tree.map(lambda g, start=start: g[start : start + 4], batch)
+            updates, state = update(part, state, PARAMS)
+            assert differ(updates, jax.tree.map(jnp.zeros_like, PARAMS)) == (start == 8)
+        whole = jax.tree.map(lambda g: np.asarray(g, np.float64), batch)
+        moments = {
+            "mean_grads": jax.tree.map(lambda g: jnp.asarray(g.mean(0), jnp.float32), whole),
+            "sum_sq_diff_grads": jax.tree.map(lambda g: jnp.asarray(((g - g.mean(0)) ** 2).sum(0), jnp.float32), whole),
+            "sample_size": 12,
+        }
+        expected, whole_state = tx.update(moments["mean_grads"], whole_state, PARAMS, **moments)
+        assert_close(updates, expected, rtol=1e-4, atol=1e-6)
+
+
+@each_optimizer
+def test_only_trees_like_the_parameters_are_taken_for_parameters(tx):
+    state = tx.init(PARAMS)
+    marked = optax.tree_utils.tree_map_params(
+        tx,
+        lambda leaf, param: leaf.shape == param.shape,
+        state,
+        PARAMS,
+        transform_non_params=lambda leaf: leaf.ndim < 3,
+    )
+    assert jax.tree.structure(marked) == jax.tree.structure(state)
+    assert all(jax.tree.leaves(marked))
+    names = optax.tree_utils.tree_map_params(tx, lambda _: "param", state, transform_non_params=lambda _: "other")
+    pairs = zip(jax.tree.leaves(names), jax.tree.leaves(state), strict=True)
+    assert all(name == "other" for name, leaf in pairs if leaf.shape not in ((2, 2), ()))
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_multi_steps_sees_accumulated_gradients(placement):
     tx = PLACEMENTS[placement](mask=HardMask())
@@ -394,10 +462,12 @@ def test_objects_are_arguments_of_jit_and_swept_by_vmap(name):
     assert_close(swept, jax.tree.map(lambda *leaves: jnp.stack(leaves), *apart), rtol=1e-4)
 
 
-def test_inject_hyperparams_takes_poprisk_adamw_itself():
+@pytest.mark.parametrize("make", [poprisk_adamw, algorithm_1, popriskmin, snr_grad])
+def test_inject_hyperparams_takes_the_aliases_themselves(make):
     schedule = optax.linear_schedule(0.1, 0.0, 3)
-    tx = optax.inject_hyperparams(poprisk_adamw)(learning_rate=schedule, weight_decay=0.1)
-    assert_close(train(tx, gradients_of(3))[0], train(poprisk_adamw(schedule, weight_decay=0.1), gradients_of(3))[0])
+    tx = optax.inject_hyperparams(make)(learning_rate=schedule, weight_decay=0.1)
+    assert_close(train(tx, gradients_of(3))[0], train(make(schedule, weight_decay=0.1), gradients_of(3))[0])
+    assert {"b1", "b2", "eps", "learning_rate", "weight_decay"} <= tx.init(PARAMS).hyperparams.keys()
 
 
 @each_placement
@@ -530,6 +600,30 @@ def test_schedule_free(placement):
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(evaluated))
 
 
+@pytest.mark.parametrize(
+    ("leaf", "said"),
+    [
+        (jax.nn.relu, "got the function relu at params.*eqx.filter"),
+        (lambda x: x, "got the function <lambda> at params.*eqx.filter"),
+        ("sgd", "got a str at params"),
+        (object(), "got a object at params"),
+        (np.array(["a"]), "at params"),
+    ],
+)
+@each_placement
+def test_leaves_that_are_no_arrays_are_refused_by_name(tx, leaf, said):
+    with pytest.raises(TypeError, match=said):
+        tx.init({"w": jnp.ones(2), "layers": [leaf]})
+
+
+@each_placement
+def test_a_whole_equinox_model_is_refused_by_name_with_the_way_out(tx):
+    model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
+    with pytest.raises(TypeError, match=r"at params\.activation.*eqx\.filter\(model, eqx\.is_inexact_array\)"):
+        tx.init(model)
+    tx.init(eqx.filter(model, eqx.is_inexact_array))
+
+
 def arrays_like_the_parameters(tx):
     state = jax.eval_shape(tx.init, jnp.zeros((7, 11)))
     return sum(leaf.shape == (7, 11) for leaf in jax.tree.leaves(state))
@@ -553,36 +647,13 @@ def test_parameter_sized_arrays_in_the_state(tx, inner, more):
     assert arrays_like_the_parameters(tx) == arrays_like_the_parameters(inner) + more
 
 
-def test_the_rest_of_the_state_is_a_counter_and_a_small_summary():
+def test_the_rest_of_the_state_is_a_counter_a_small_summary_and_its_names():
     def num_leaves(tx):
         return len(jax.tree.leaves(jax.eval_shape(tx.init, jnp.zeros((7, 11)))))
 
     plain = num_leaves(optax.adamw(0.1))
     assert num_leaves(poprisk_adamw(0.1, summary=None)) == plain + 1 + 1
-    assert num_leaves(poprisk_adamw(0.1)) == plain + 1 + 1 + 1
-
-
-def test_bfloat16_parameters_with_a_float32_state_follow_float32():
-    """A statistic in bfloat16 stands still where its input changes little; in float32 it does not."""
-    gradients = jnp.where(jnp.arange(400)[:, None] % 2 == 0, 1.5, 0.5).astype(jnp.bfloat16) * jnp.ones(3, jnp.bfloat16)
-    spreads = {}
-    for dtype in (jnp.float32, jnp.bfloat16):
-        statistic = ema_statistic(state_dtype=dtype)
-        step = lambda state, g: (statistic.update(g, state)[0], None)  # noqa: B023, E731
-        state = jax.lax.scan(step, statistic.init(jnp.zeros(3, jnp.bfloat16)), gradients)[0]
-        assert state.mean.dtype == state.variance.dtype == dtype
-        spreads[dtype] = state.variance[0]
-    reference = ema_statistic()
-    step = lambda state, g: (reference.update(g.astype(jnp.float32), state)[0], None)  # noqa: E731
-    expected = jax.lax.scan(step, reference.init(jnp.zeros(3)), gradients)[0].variance[0]
-    np.testing.assert_allclose(spreads[jnp.float32], expected, rtol=1e-5)
-    assert abs(spreads[jnp.bfloat16] - expected) > 0.05 * expected
-
-    tx = poprisk_adamw(0.1, statistic=adam_statistic(state_dtype=jnp.float32), mu_dtype=jnp.float32)
-    halves = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), PARAMS)
-    params, state = train(tx, jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradients_of(3)), halves)
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    assert {leaf.dtype for leaf in jax.tree.leaves(state[0].statistic_state)} == {jnp.dtype(jnp.float32)}
+    assert num_leaves(poprisk_adamw(0.1)) == plain + 1 + 1 + 2
 
 
 @pytest.mark.parametrize("reduction", [PerTensor(), PerRow(), ByLabel("all")])

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from entk import gradient_moments
@@ -23,6 +24,7 @@ from transforms import (
     PerRow,
     PerTensor,
     adam_moments_statistic,
+    adam_statistic,
     batch_statistic,
     ema_statistic,
     join_moments,
@@ -34,10 +36,12 @@ OPTIMIZERS = {
     "gate": lambda: optax.chain(poprisk_gate(), optax.adam(0.1)),
     "bfloat16 statistic": lambda: poprisk_gate(optax.sgd(0.1), statistic=ema_statistic(state_dtype=jnp.bfloat16)),
     "adamw": lambda: poprisk_adamw(0.1),
+    "adamw, bfloat16": lambda: poprisk_adamw(0.1, statistic=adam_statistic(state_dtype=jnp.bfloat16)),
     "adam moments": lambda: poprisk_adamw(0.1, statistic=adam_moments_statistic(), threshold=OpenShare(0.3)),
     "per row": lambda: poprisk_adamw(0.1, reduction=PerRow()),
     "per tensor": lambda: poprisk_adamw(0.1, reduction=PerTensor()),
 }
+NNX = ("gate", "adamw", "adamw, bfloat16", "per row")
 SIZES = {"equal": [4] * 8, "unequal": [1, 2, 3, 4, 5, 6, 7, 8]}
 
 
@@ -88,6 +92,36 @@ def sharding_kept(name, mesh, rng):
             lost.append(f"{jax.tree_util.keystr(path)}: {leaf.sharding}")
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(alone), strict=True)
     return {"lost": lost, "distance": max(float(abs(jnp.asarray(a) - b).max()) for a, b in pairs)}
+
+
+def nnx_optimizer(name, axis_type):
+    """An `nnx.Optimizer` made under a mesh: its kernels, whether they keep the sharding, whether they are finite."""
+    initializers = nnx.initializers
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(axis_type,))
+
+    def train(tx):
+        @nnx.jit
+        def create():
+            kernel = nnx.with_partitioning(initializers.lecun_normal(), (None, "i"))
+            bias = nnx.with_partitioning(initializers.zeros_init(), ("i",))
+            model = nnx.Linear(96, 64, kernel_init=kernel, bias_init=bias, rngs=nnx.Rngs(0))
+            return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer):
+            gradient = nnx.grad(lambda model: jnp.mean((model(jnp.ones((8, 96))) - 1) ** 2))(model)
+            optimizer.update(model, gradient)
+
+        with jax.set_mesh(mesh):
+            model, optimizer = create()
+            for _ in range(2):
+                step(model, optimizer)
+        return model, optimizer
+
+    model, optimizer = train(OPTIMIZERS[name]())
+    kernels = [leaf for leaf in jax.tree.leaves(nnx.state(optimizer)) if leaf.shape == (96, 64)]
+    kept = all(leaf.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "i")), 2) for leaf in kernels)
+    return len(kernels), kept, bool(jnp.isfinite(model.kernel[...]).all())
 
 
 def data_parallel(sizes, mesh, rng):
@@ -169,6 +203,11 @@ def main():
     found = {"count": len(jax.devices())}
     found |= {name: sharding_kept(name, mesh, rng) for name in OPTIMIZERS}
     found |= {name: data_parallel(sizes, mesh, rng) for name, sizes in SIZES.items()}
+    found |= {
+        f"nnx, {name}, {kind.name}": nnx_optimizer(name, kind)
+        for name in NNX
+        for kind in (AxisType.Auto, AxisType.Explicit)
+    }
     found |= {"error": already_summed(mesh, rng), "entk": with_entk(mesh, rng)}
     print(json.dumps(found))
 
@@ -190,6 +229,14 @@ def found():
 def test_sharded_parameters_keep_their_sharding_in_state_and_updates(found, name):
     assert not found[name]["lost"]
     assert found[name]["distance"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("name", NNX)
+def test_nnx_optimizer_under_a_mesh_keeps_the_parameters_sharding(found, name, kind):
+    num_kernels, *others = found[f"nnx, {name}, {kind}"]
+    assert num_kernels == {"gate": 4}.get(name, 3)
+    assert others == [True, True]
 
 
 @pytest.mark.parametrize("name", SIZES)

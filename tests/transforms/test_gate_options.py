@@ -107,15 +107,15 @@ OPTIONS = {
     PerScalar: (lambda **options: poprisk_gate(summary=None, reduction=PerScalar(**options)), {}),
     PerTensor: (lambda **options: poprisk_gate(summary=None, reduction=PerTensor(**options)), {}),
     PerRow: (lambda **options: poprisk_gate(summary=None, reduction=PerRow(**options)), {"axis": 0}),
-    algorithm_1: (
-        lambda **options: algorithm_1(**{"learning_rate": 0.1} | options),
-        {"learning_rate": HALF, "weight_decay": 0.5, "alpha": 0.1, "mask": SnrMask(), "rho": 0.5, "adam": {"b1": 0.5}},
-    ),
 }
-for preset in (popriskmin, snr_grad):
-    OPTIONS[preset] = (lambda preset=preset, **options: preset(**options), OPTIONS[algorithm_1][1])
-OPTIONS[popriskmin] = (popriskmin, OPTIONS[algorithm_1][1] | {"reduction": PerTensor(), "mask": SoftMask()})
-OPTIONS[snr_grad] = (snr_grad, OPTIONS[algorithm_1][1] | {"mask": SoftMask()})
+PRESET_OPTIONS = {
+    name: value for name, value in OPTIONS[poprisk_adamw][1].items() if name not in ("threshold", "statistic")
+} | {"learning_rate": HALF, "weight_decay": 0.5, "alpha": 0.1, "rho": 0.5}
+for preset, other_mask in ((algorithm_1, SnrMask()), (popriskmin, SoftMask()), (snr_grad, SoftMask())):
+    OPTIONS[preset] = (
+        lambda preset=preset, **options: preset(**{"learning_rate": 0.1, "weight_decay": 0.1} | options),
+        PRESET_OPTIONS | {"mask": other_mask},
+    )
 # Their options are tested below, by what they do to the state and to a tree.
 ELSEWHERE = {Summary, ByLabel}
 
@@ -134,7 +134,7 @@ def test_every_option_of_everything_public_is_listed_here():
 @pytest.mark.parametrize(("builder", "name"), [(b, n) for b, (_, options) in OPTIONS.items() for n in options])
 def test_every_option_changes_the_outcome(builder, name):
     make, options = OPTIONS[builder]
-    changed = make(**(options[name] if name == "adam" else {name: options[name]}))
+    changed = make(**{name: options[name]})
     if name == "summary":
         assert jax.tree.structure(run(make())[1]) != jax.tree.structure(run(changed)[1])
     else:
@@ -153,7 +153,8 @@ def test_options_of_a_summary_change_the_state_and_not_the_updates():
     def summary(**options):
         params, state = run(poprisk_gate(optax.sgd(0.1), summary=Summary(**options)))
         np.testing.assert_array_equal(params, trajectory(poprisk_gate(optax.sgd(0.1))))
-        return LeafSummary(*state.summary)
+        (row,) = state.summary
+        return LeafSummary(*row)
 
     exact = summary(sample=None, every=1)
     assert summary(sample=2, every=1).sum_openness != exact.sum_openness
@@ -316,11 +317,18 @@ def test_summary_of_the_wrong_kind(build, summary):
         build(summary=summary)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64, bool])
-@pytest.mark.parametrize("build", [ema_statistic, adam_statistic])
-def test_state_dtype_that_is_not_floating_point(build, dtype):
-    with pytest.raises(TypeError, match=r"state_dtype must be a floating-point dtype .* got .*None stores"):
-        build(state_dtype=dtype)
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64, bool, jnp.float16, jnp.float8_e4m3fn, "half", "no dtype"])
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (ema_statistic, "state_dtype"),
+        (adam_statistic, "state_dtype"),
+        (lambda **o: poprisk_adamw(0.1, **o), "mu_dtype"),
+    ],
+)
+def test_dtypes_that_no_average_can_be_kept_in(build, name, dtype):
+    with pytest.raises(TypeError, match=rf"{name} must be jnp.float32, jnp.float64 or jnp.bfloat16, got .*None is"):
+        build(**{name: dtype})
 
 
 @pytest.mark.parametrize("leaf", [jnp.arange(3), jnp.ones(2, bool), jnp.ones(2, jnp.complex64), 3])
@@ -372,13 +380,15 @@ each_batch = pytest.mark.parametrize("make", BATCH, ids=["batch", "batch, b1", "
 
 
 @each_batch
-@pytest.mark.parametrize("missing", ["sum_sq_diff_grads", "sample_size"])
-def test_a_missing_extra_argument_is_a_type_error_at_the_call(make, missing):
+@pytest.mark.parametrize("missing", [["sum_sq_diff_grads"], ["sample_size"], ["sum_sq_diff_grads", "sample_size"]])
+@pytest.mark.parametrize("jit", [True, False])
+def test_a_missing_extra_argument_is_a_type_error_at_the_call(make, missing, jit):
     tx = make()
-    extra = moments_of(GRADIENTS[0])
-    del extra[missing]
-    with pytest.raises(TypeError, match=missing):
-        tx.update(GRADIENTS[0], tx.init(PARAMS), PARAMS, **extra)
+    extra = {name: value for name, value in moments_of(GRADIENTS[0]).items() if name not in missing}
+    update = jax.jit(tx.update) if jit else tx.update
+    said = rf"batch_statistic\(\) needs .* and {' and '.join(missing)} did not come: .*gradient_moments.*ema_statistic"
+    with pytest.raises(TypeError, match=said):
+        update(GRADIENTS[0], tx.init(PARAMS), PARAMS, **extra)
 
 
 def test_a_missing_extra_argument_of_a_user_s_own_statistic_is_one_too():

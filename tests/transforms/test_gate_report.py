@@ -1,5 +1,8 @@
 """The report of a gate against what the gate did, and the warnings a user should get."""
 
+import io
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 
 from transforms import (
     Alpha,
+    GateAudit,
     HardMask,
     OpenShare,
     PerTensor,
@@ -161,3 +165,29 @@ def test_what_cannot_be_reported():
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), run(poprisk_gate(), 2)[1])
     with pytest.raises(ValueError, match=r"runs of shape \(2,\).*take one"):
         gate_report(stacked)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437", "utf-8"])
+def test_reports_print_wherever_text_does(encoding, monkeypatch):
+    params = {"größe": jnp.ones(3), "日": jnp.ones(2)}
+    tx = poprisk_gate()
+    report = gate_report(tx.update(params, tx.init(params))[1])
+    audit = GateAudit(0.1, (0.0, 0.2), 1.0, (0.5, 1.5), 1.1, 0.3, report, 8, "A verdict.")
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding))
+    print(report, audit, flush=True)
+    shown = file.getvalue().decode(encoding)
+    assert "Audit of a gate" in shown
+    assert ("größe" in shown) == (encoding != "ascii")
+    assert ("gr??e" in shown) == (encoding == "ascii")
+    for character in ("\N{BOX DRAWINGS LIGHT VERTICAL}", "日"):
+        assert (character in shown) == (encoding == "utf-8")
+
+
+def test_names_of_leaves_are_kept_whatever_they_are():
+    params = {"": jnp.ones(2), "größe/β": {"0": [jnp.ones(1)]}, "w" * 300: jnp.ones(3)}
+    tx = poprisk_gate()
+    state = jax.jit(tx.update)(params, jax.jit(tx.init)(params))[1]
+    assert [layer.name for layer in gate_report(state).layers] == ["parameters", "größe/β.0.0", "w" * 300]
+    alone = poprisk_gate()
+    assert gate_report(alone.update(jnp.ones(2), alone.init(jnp.ones(2)))[1]).layers[0].name == "parameters"

@@ -167,13 +167,14 @@ def test_negative_control_an_absolute_eps_shuts_the_gate_for_a_small_loss(mask):
     assert small.max() < 1e-3
 
 
-@pytest.mark.parametrize("state_dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_a_huge_gradient_leaves_no_infinity_behind(state_dtype):
+@pytest.mark.parametrize("state_dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_huge_gradient_leaves_no_infinity_behind(dtype, state_dtype):
     statistic = ema_statistic(rho=0.5, state_dtype=state_dtype)
-    state = statistic.init(jnp.zeros(1))
-    largest = float(jnp.finfo(state_dtype).max)
+    state = statistic.init(jnp.zeros(1, dtype))
+    largest = float(jnp.finfo(dtype).max)
     for gradient in (largest, -largest, largest, -largest):
-        state, moments = statistic.update(jnp.full(1, gradient), state)
+        state, moments = statistic.update(jnp.full(1, gradient, dtype), state)
         assert all(jnp.isfinite(x).all() for x in state)
         assert not any(jnp.isnan(x).any() for x in moments)
     before = state.variance
