@@ -86,5 +86,8 @@ def pinned_optimizer(optimizer: optax.GradientTransformation, params: PyTree, ex
         return lambda grads, state, params, extras: supporting.update(grads, state, params, **extras)
 
     state = jax.eval_shape(optimizer.init, params)
-    update = pin(optimizer.update, (params, state, params, extras), by=by_position, derived=None).held()
+    try:
+        update = pin(optimizer.update, (params, state, params, extras), by=by_position, derived=None).held()
+    except TypeError:  # it lacks extra arguments: nothing can come of it, and `FrozenUpdate` says what it needs
+        return optimizer
     return optimizer._replace(update=update)
