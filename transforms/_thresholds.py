@@ -44,7 +44,7 @@ class Alpha:
         unit = 1,   tau = alpha
 
     m̂ averages several batches, so what alpha = 1 means depends on the statistic: on `ema_statistic` with b1 = 0.9 it
-    is a 4.5-sigma test that leaves 0.002 % of pure-noise coordinates open; on `batch_statistic` it is `TStatistic(1)`.
+    is a 4.5-sigma test that leaves 0.0008 % of pure-noise coordinates open; on `batch_statistic` it is `TStatistic(1)`.
 
     Args:
       alpha: >= 0, or a schedule. 1 for fresh batches; the paper takes `finite_data_alpha` for replayed data.
