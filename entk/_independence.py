@@ -125,7 +125,7 @@ def _together_and_alone(apply_fn, size, params, x, control):
 
     With `control` = (is_shifted, place, source): at shifted parameters, and with example `source` in `place`.
     """
-    from entk._jacobian import model_precision  # which imports the checks
+    from entk._jacobian import map_examples, model_precision  # which import the checks
 
     is_shifted, place, source = control
     params = jax.tree.map(lambda leaf: leaf if _is_key(leaf) else jnp.asarray(leaf), params)
@@ -137,10 +137,7 @@ def _together_and_alone(apply_fn, size, params, x, control):
 
     with model_precision():
         together = apply_fn(params, x)
-        try:
-            alone = jax.vmap(one)(x)
-        except NotImplementedError:  # a primitive that cannot be batched
-            alone = jax.lax.map(one, x)
+        alone = map_examples(one, x, None)
     return together.reshape(size if together.ndim else 1, -1), alone
 
 

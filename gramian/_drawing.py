@@ -144,7 +144,8 @@ def draw_losses(
         else:
             say(ax, label)
         log_y(ax, np.concatenate([observed, predicted]))
-        rounding_floor(ax, predicted, np.finfo(observed.dtype).eps * start, "predictions below rounding")
+        # Of a difference of two numbers of the size of `start`, one of which is a sum.
+        rounding_floor(ax, predicted, 10 * np.finfo(observed.dtype).eps * start, "predictions below rounding")
     else:
         say(ax, label)
         ax.set_ylim(0, 1.05 * max(start, float(observed.max())) or 1.0)

@@ -20,7 +20,7 @@ import optax
 from jax import Array, lax
 
 from entk._jaxpr import CALLS, CUSTOM_DERIVATIVES, bind, called, is_literal, opened
-from entk._pinned import fingerprint
+from entk._pinned import Pinned, fingerprint
 
 PyTree = Any
 ExtraArgs = Callable[[PyTree, Array], dict[str, Any]]
@@ -304,6 +304,7 @@ def _links(tx: Any) -> list[optax.GradientTransformation]:
     """The transformations that a chain, a named chain or a partition holds in its functions; none for anything else."""
     held: dict[str, Any] = {}
     for function in (tx.init, tx.update):
+        function = function.function if isinstance(function, Pinned) else function
         if inspect.isfunction(function):
             held |= inspect.getclosurevars(function).nonlocals
     inits, updates, parts = held.get("init_fns", ()), held.get("update_fns", ()), held.get("transforms", ())
@@ -318,7 +319,7 @@ def _names(tx: Any) -> str:
     found: list[str] = []
 
     def visit(function, depth):
-        function = getattr(function, "__wrapped__", function)
+        function = function.function if isinstance(function, Pinned) else function
         name, contents = getattr(function, "__qualname__", ""), []
         for cell in getattr(function, "__closure__", None) or ():
             with contextlib.suppress(ValueError):  # an empty cell

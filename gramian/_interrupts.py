@@ -32,6 +32,7 @@ def interruptible(how_to_go_on: Callable[[], str]) -> Iterator[None]:
     if _entered:
         try:
             yield
+            answer()
         except KeyboardInterrupt as stop:
             stop.args = stop.args or (how_to_go_on(),)
             raise

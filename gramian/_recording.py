@@ -504,8 +504,7 @@ def record_training(
             recorder.update(batches[step:stop], *state)
             step = stop
         recorder.close(*state)
-    recording = Recording(recorder.directory, apply_fn, optimizer, loss, x_s, params, extra_args)
-    return state.params, recording
+        return state.params, Recording(recorder.directory, apply_fn, optimizer, loss, x_s, params, extra_args)
 
 
 def _identity_of(apply_fn, start: TrainState, x_s, loss, optimizer, batch, extra_args) -> dict[str, Any]:

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["cells", "coupling", "identities", "invisibility", "loss", "overview", "spectra"]
 
+PATH = ("(I1)", "(I2)", "(I3)", "(I4)")
+
 
 def overview(report: TrainingReport) -> Figure:
     """Draws all six pictures of a recorded run on one page (theory §§3, 6).
@@ -208,11 +210,13 @@ def identities(report: TrainingReport, ax: Axes | None = None) -> Axes:
     Raises:
       Nothing.
     """
-    rows = [row for row in report.identities if row.tolerance]
+    rows = [row for row in report.identities if row.name in PATH and row.tolerance is not None]
     places = np.arange(len(rows))[::-1]
     residuals, allowed = (np.array([getattr(row, name) for row in rows]) for name in ("residual", "tolerance"))
     least = float(np.finfo(report.path.dtype).eps)
     with canvas(ax) as ax:
+        if not rows:
+            return empty(ax, "no verdicts: nothing moved")
         ax.hlines(places, np.maximum(residuals, least), allowed, color=GREY, lw=1)
         ax.plot(
             allowed, places, "|", color="black", ms=14, mew=2, label="allowed: ten times one more Gauss point's effect"

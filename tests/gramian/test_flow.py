@@ -143,7 +143,7 @@ def test_too_many_steps():
         RuntimeError, match=r"at t=0\.2 of 1 after max_num_steps=2 steps\. Raise max_num_steps, or rtol"
     ):
         gradient_flow(*problem("squared"), t1=1.0, controller=ConstantStep(0.1), max_num_steps=2)
-    with pytest.raises(ValueError, match="max_num_steps=0 must be at least 1"):
+    with pytest.raises(ValueError, match="max_num_steps=0 must be an integer of at least 1"):
         gradient_flow(*problem("squared"), t1=1.0, max_num_steps=0)
 
 

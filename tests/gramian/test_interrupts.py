@@ -34,11 +34,19 @@ from gramian import analyze_training
 {patch}
 print("ready", flush=True)
 _, run = record_training(
-    apply_fn, PARAMS, X, SOFTMAX, OPTIMIZERS["adamw"], minibatches(N, 4, 30_000), Recorder({folder!r}, 100)
+    apply_fn, PARAMS, X, SOFTMAX, OPTIMIZERS["adamw"], np.tile(minibatches(N, 4, 1_000), (1_000, 1)), Recorder({folder!r}, 100)
 )
 print("recorded", flush=True)
 analyze_training(run, X_Q, dense=False, rank=2, store={folder!r} + "/sweeps")
 """
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    """A shell has Ctrl-C ignored by what runs in its background, and by all processes that this starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

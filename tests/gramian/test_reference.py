@@ -78,8 +78,8 @@ def test_a_second_run_compiles_nothing():
     reference_flow(counted, params, x_s, loss, x_q, t1=0.25)
     before = len(traces)
     reference_flow(counted, params, x_s, loss, x_q, t1=0.5, rtol=1e-6)
-    # What is left are the shape checks and the outputs at the start and the end, which run eagerly.
-    assert len(traces) - before < 10
+    # What is left are the checks and the outputs at the start and the end: the first run took six times as many.
+    assert len(traces) - before < 12
 
 
 def test_too_many_steps():
@@ -95,7 +95,7 @@ def test_too_many_steps():
         ({"t1": 1.0, "solver": "Tsit5"}, TypeError, "solver='Tsit5' is not an adaptive solver"),
         ({"t1": 1.0, "rtol": 0.0}, ValueError, r"rtol=0\.0 must be at least 2e-15 for float64"),
         ({"t1": 1.0, "atol": -1.0}, ValueError, r"atol=-1\.0 not negative"),
-        ({"t1": 1.0, "max_steps": 0}, ValueError, "max_steps=0 must be at least 1"),
+        ({"t1": 1.0, "max_steps": 0}, ValueError, "max_steps=0 must be an integer of at least 1"),
     ],
 )
 def test_bad_settings(settings, error, message):
