@@ -92,7 +92,7 @@ def opened(value: Any) -> Nested:
 def called(eqn: Any) -> Nested:
     """The jaxpr that a call runs on its operands, under whatever name it is kept."""
     name = eqn.primitive.name
-    found = [value for value in eqn.params.values() if _is_jaxpr(value)]
+    found = [value for value in eqn.params.values() if is_jaxpr(value)]
     if len(found) != 1:
         raise Unread(f"{name} holds {len(found)} jaxprs")
     nested = opened(found[0])
@@ -147,10 +147,11 @@ def intermediate_bytes(jaxpr: Any) -> tuple[int, int]:
 
 def _nested(eqn: Any) -> Iterator[Nested]:
     for value in eqn.params.values():
-        yield from (opened(one) for one in (value if isinstance(value, tuple) else (value,)) if _is_jaxpr(one))
+        yield from (opened(one) for one in (value if isinstance(value, tuple) else (value,)) if is_jaxpr(one))
 
 
-def _is_jaxpr(value: Any) -> bool:
+def is_jaxpr(value: Any) -> bool:
+    """Whether a parameter of an equation is a jaxpr, closed over its constants or not."""
     return hasattr(getattr(value, "jaxpr", value), "eqns")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from entk._jaxpr import is_jaxpr, is_literal, opened
 from gramian._leaves import as_array, characters, digest
 
 PyTree = Any
@@ -64,26 +65,26 @@ def _numbers(tree: PyTree) -> PyTree:
 
 def _add(hashed, value: Any) -> None:
     """Jaxprs by their equations: their text shortens arrays, and shares what the caches happen to share."""
-    if hasattr(value, "jaxpr") and hasattr(value, "consts"):
-        _add(hashed, (list(value.consts), value.jaxpr))
-    elif hasattr(value, "eqns"):
+    if is_jaxpr(value):
+        jaxpr, consts = opened(value)
+        _add(hashed, consts)
         numbers: dict[Any, int] = {}
 
         def name(variable):
-            if hasattr(variable, "val"):  # a literal
+            if is_literal(variable):
                 _add(hashed, variable.val)
             else:
                 hashed.update(f"v{numbers.setdefault(variable, len(numbers))}".encode())
             hashed.update(f":{variable.aval}".encode())
 
-        for variable in (*value.constvars, *value.invars):
+        for variable in (*jaxpr.constvars, *jaxpr.invars):
             name(variable)
-        for equation in value.eqns:
+        for equation in jaxpr.eqns:
             hashed.update(f"\n{equation.primitive}".encode())
             _add(hashed, dict(equation.params))
             for variable in (*equation.invars, *equation.outvars):
                 name(variable)
-        for variable in value.outvars:
+        for variable in jaxpr.outvars:
             name(variable)
     elif isinstance(value, Mapping):
         for key in sorted(value, key=str):

@@ -33,9 +33,8 @@ from training_problems import *
 from gramian import analyze_training
 {patch}
 print("ready", flush=True)
-_, run = record_training(
-    apply_fn, PARAMS, X, SOFTMAX, OPTIMIZERS["adamw"], np.tile(minibatches(N, 4, 1_000), (1_000, 1)), Recorder({folder!r}, 100)
-)
+batches = np.tile(minibatches(N, 4, 1_000), (1_000, 1))
+_, run = record_training(apply_fn, PARAMS, X, SOFTMAX, OPTIMIZERS["adamw"], batches, Recorder({folder!r}, 100))
 print("recorded", flush=True)
 analyze_training(run, X_Q, dense=False, rank=2, store={folder!r} + "/sweeps")
 """
