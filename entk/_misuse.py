@@ -107,7 +107,8 @@ def explain_call(function: Callable, params: PyTree, x: PyTree, name: str, error
             "pure: choose the evaluation mode by model.eval() before flax.nnx.split(model, flax.nnx.Param, ...), or "
             f"merge a copy, flax.nnx.merge(graphdef, params, rest, copy=True) ({first_line(error)})."
         ) from error
-    if type(x) in (list, tuple) and len({jnp.shape(row) for row in x}) == 1 and hasattr(x[0], "dtype"):
+    arrays = type(x) in (list, tuple) and all(hasattr(row, "dtype") for row in x)
+    if arrays and len({row.shape for row in x}) == 1:
         stacked = jax.ShapeDtypeStruct((len(x), *x[0].shape), x[0].dtype)
         if _works(function, params, stacked):
             raise TypeError(

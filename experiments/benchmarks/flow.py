@@ -187,7 +187,8 @@ def _cheapest(method: Method, case: Problem, t: float, truth, limit: float, done
             outputs, steps = method.run(case, t, knob)
             seconds = time.perf_counter() - start
         except Exception as error:  # A solver that breaks down is a result; the others still have to run.
-            tried.append({"knob": knob, "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"})
+            said = next(iter(str(error).splitlines()), "")
+            tried.append({"knob": knob, "failed": f"{type(error).__name__}: {said[:120]}"})
             continue
         error = float(np.linalg.norm(outputs - truth) / np.linalg.norm(truth))
         tried.append({"knob": knob, "seconds": seconds, "steps": steps, "error": error if np.isfinite(error) else None})

@@ -10,6 +10,7 @@ from mlp_oracle import assert_close
 
 from entk import FullJacobian, NtkOperator, empirical_ntk, gradient_moments, jacobian, plan
 from entk._jacobian import map_examples
+from entk._jaxpr import CALLS, called
 
 N, C = 3, 2
 
@@ -83,7 +84,10 @@ def test_everything_is_right_where_examples_cannot_be_batched(name):
 def test_what_can_be_batched_is():
     """And an attempt that fails leaves nothing behind: the rows are printed once."""
     batched = jax.make_jaxpr(lambda x: map_examples(jnp.sin, x, None))(jnp.ones((3, 2)))
-    assert [eqn.primitive.name for eqn in batched.jaxpr.eqns] == ["sin"]
+    equations = batched.jaxpr.eqns
+    while equations[0].primitive.name in CALLS:  # which newer releases inline later
+        equations = called(equations[0]).jaxpr.eqns
+    assert [eqn.primitive.name for eqn in equations] == ["sin"]
     seen = []
 
     @jax.jit
