@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from entk._checks import OutputSpec, check_apply, check_fits, num_params
+from entk.internal import OutputSpec, check_apply, check_fits, num_params
 from gramian._losses import OutputLoss, check_loss, check_targets
 from gramian._source import KernelSource
 

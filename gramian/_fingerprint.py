@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from entk._jaxpr import is_jaxpr, is_literal, opened
+from entk.internal import is_jaxpr, is_literal, opened
 from gramian._leaves import as_array, characters, digest
 
 PyTree = Any

@@ -14,8 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from entk import Structured
-from entk._checks import check_count
-from entk._ntk import Strategy
+from entk.internal import Strategy, check_count
 from gramian._checkpoint import Checkpoint
 from gramian._checks import check_kind, check_problem, check_times
 from gramian._controllers import AdaptiveStep, Controller

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from entk._jaxpr import CALLS, CUSTOM_DERIVATIVES, bind, called, is_literal, opened
-from entk._pinned import Pinned, fingerprint
+from entk.internal import CALLS, CUSTOM_DERIVATIVES, Pinned, bind, called, fingerprint, is_literal, opened
 
 PyTree = Any
 ExtraArgs = Callable[[PyTree, Array], dict[str, Any]]

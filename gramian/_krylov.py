@@ -7,9 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from entk._checks import check_count
-from entk._matvec import LinearOperator
-from entk._spectrum import SpectralDensity, nodes_and_weights
+from entk.internal import LinearOperator, SpectralDensity, check_count, nodes_and_weights
 
 
 class RitzPairs(NamedTuple):

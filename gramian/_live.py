@@ -12,8 +12,7 @@ import optax
 from jaxtyping import Array, Float
 
 from entk import NtkOperator, top_eigenpairs
-from entk._checks import check_count
-from entk._pinned import Pinned
+from entk.internal import Pinned, check_count
 from gramian._frozen_update import FrozenUpdate
 from gramian._losses import OutputLoss
 from gramian._pinning import pinned_run

@@ -16,7 +16,7 @@ from entk import (
     principal_angles,
     target_alignment,
 )
-from entk._checks import check_count
+from entk.internal import check_count
 from gramian._frozen import matmul
 from gramian._losses import OutputLoss, block_product
 from gramian._operators import Operators

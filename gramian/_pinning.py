@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from entk._checks import pin_model
-from entk._pinned import Pinned, pin
+from entk.internal import Pinned, pin, pin_model
 from gramian._losses import OutputLoss
 from gramian._source import KernelSource
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from entk._checks import check_apply, check_count, check_fits
+from entk.internal import check_apply, check_count, check_fits
 from gramian._checks import check_finite, check_test_inputs
 from gramian._folder import Folder, absolute
 from gramian._frozen_update import FrozenUpdate

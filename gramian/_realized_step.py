@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from entk._jacobian import map_examples, model_precision
+from entk.internal import map_examples, model_precision
 from gramian._frozen_update import FrozenUpdate
 from gramian._losses import OutputLoss, block_product
 from gramian._training_steps import TrainState, batch_gradient

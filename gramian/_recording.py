@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from entk._checks import check_count
+from entk.internal import check_count
 from gramian._checks import check_seconds
 from gramian._fingerprint import differing, digests, program
 from gramian._folder import Folder, absolute

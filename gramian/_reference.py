@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from entk._checks import check_count
+from entk.internal import check_count
 from gramian._checks import check_problem, check_real, check_times
 from gramian._flow import Flow, attainable
 from gramian._frozen import matmul

@@ -11,8 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from entk import Structured, kernel_drift
-from entk._checks import check_apply
-from entk._ntk import Strategy
+from entk.internal import Strategy, check_apply
 from gramian._cells import Cell, check_clean, four_cells
 from gramian._channel import Channel, ChannelRule, TraceShare, signal_channel
 from gramian._checkpoint import Checkpoint

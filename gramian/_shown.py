@@ -13,7 +13,7 @@ from matplotlib.backend_bases import FigureCanvasBase
 from rich.console import Console, Group
 from rich.table import Table
 
-from entk._text import as_text
+from entk.internal import as_text
 from gramian._cells import Cell
 from gramian._identities import Identity
 

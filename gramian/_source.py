@@ -10,8 +10,7 @@ import jax
 from jaxtyping import Array, Float
 
 from entk import Structured, empirical_ntk
-from entk._jacobian import model_precision
-from entk._ntk import Strategy
+from entk.internal import Strategy, model_precision
 
 PyTree = Any
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from entk._checks import check_count
+from entk.internal import check_count
 from gramian._frozen import FrozenKernel, displacement, freeze, integral
 from gramian._losses import OutputLoss, block_product
 from gramian._source import KernelSource

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from entk._checks import check_count
-from entk._spectrum import SpectralDensity
+from entk.internal import SpectralDensity, check_count
 from gramian._cells import Cell, cells_of
 from gramian._channel import Channel, ChannelRule, TraceShare
 from gramian._checks import check_kind

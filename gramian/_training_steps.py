@@ -11,8 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from entk._checks import check_apply, check_count
-from entk._jacobian import model_precision
+from entk.internal import check_apply, check_count, model_precision
 from gramian._checks import check_all_move, check_finite, check_kind, check_order
 from gramian._losses import OutputLoss, check_targets
 

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from mlp_oracle import apply_fn, batch, init
 
 import entk._checks
 import entk._independence
 from entk import empirical_ntk, jacobian, ntk_vector_product
 from entk._cgroup import cgroup_headroom
 from entk._checks import check_apply
+from tests.entk.mlp_oracle import apply_fn, batch, init
 
 PARAMS, X = init(0), batch(0, 5)
 MIXED = (

@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from mlp_oracle import assert_close
 
 from entk import JacobianBlocks, Structured, empirical_ntk
 from entk._convolution import convolution
+from tests.entk.mlp_oracle import assert_close
 
 LAYOUTS = {1: [("NHC", "HIO", "NHC"), ("NCH", "OIH", "NHC")], 2: [("NHWC", "HWIO", "NHWC"), ("NCHW", "IOWH", "CNHW")]}
 

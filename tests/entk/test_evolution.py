@@ -9,7 +9,6 @@ import pytest
 import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlp_oracle import apply_fn, assert_close, batch, init
 
 from entk import (
     centered_kernel_alignment,
@@ -19,6 +18,7 @@ from entk import (
     principal_angles,
     target_alignment,
 )
+from tests.entk.mlp_oracle import apply_fn, assert_close, batch, init
 
 SIZE = 6  # one size, so that hypothesis compiles once
 seeds = st.integers(0, 2**31)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlp_oracle import assert_close
 
 import entk._contractions as contractions
 from entk import JacobianBlocks, PositionPairs, Structured, empirical_ntk, jacobian
+from tests.entk.mlp_oracle import assert_close
 
 WIDTH, LENGTH = 3, 3
 PAIRS, BLOCKS = Structured(contractions=(PositionPairs(),)), Structured(contractions=(JacobianBlocks(),))

@@ -10,7 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
-from mlp_oracle import (
+
+import entk._checks
+import entk._jacobian
+from entk import FullJacobian, Structured, empirical_ntk, jacobian, ntk_vector_product
+from tests.entk.mlp_oracle import (
     apply_fn,
     assert_close,
     batch,
@@ -20,10 +24,6 @@ from mlp_oracle import (
     jacobian_by_hand,
     kernel_by_hand,
 )
-
-import entk._checks
-import entk._jacobian
-from entk import FullJacobian, Structured, empirical_ntk, jacobian, ntk_vector_product
 
 # ---------------------------------------------------------------------------------------------------- right numbers
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from mlp_oracle import assert_close
 
 import entk._factors as factors
 import entk._uses as uses
 from entk import empirical_ntk, gradient_moments, plan
 from entk._jaxpr import PARAMETERS, Unread, called, parameters, scanned
+from tests.entk.mlp_oracle import assert_close
 
 N = 3
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from mlp_oracle import apply_fn as mlp
-from mlp_oracle import batch, init
 
 import entk._checks
 from entk import NtkOperator, empirical_ntk, gradient_moments, jacobian
 from entk._rlimit import rlimit_headroom
+from tests.entk.mlp_oracle import apply_fn as mlp
+from tests.entk.mlp_oracle import batch, init
 
 PARAMS, X = init(0), batch(0, 5)
 KEY = jax.random.key(0)

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
-from mlp_oracle import assert_close, batch, kernel_by_hand
-from model_zoo import ZOO
 
 from entk import FullJacobian, empirical_ntk, jacobian, ntk_vector_product
 from entk._params import differentiable
+from tests.entk.mlp_oracle import assert_close, batch, kernel_by_hand
+from tests.entk.model_zoo import ZOO
 
 X = batch(0, 5)
 

@@ -7,12 +7,12 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlp_oracle import apply_fn as mlp
-from mlp_oracle import assert_close, batch, init
-from model_zoo import ZOO
 
 from entk import gradient_moments, jacobian
 from entk._moments import _moments
+from tests.entk.mlp_oracle import apply_fn as mlp
+from tests.entk.mlp_oracle import assert_close, batch, init
+from tests.entk.model_zoo import ZOO
 
 
 def flat(tree):

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlp_oracle import assert_close, batch, init
-from mlp_oracle import wavy_fn as apply_fn
-from mlp_oracle import wavy_jacobian_by_hand as jacobian_by_hand
-from mlp_oracle import wavy_kernel_by_hand as kernel_by_hand
 
 import entk._checks
 import entk._full_jacobian
 from entk import FullJacobian, Structured, empirical_ntk
+from tests.entk.mlp_oracle import assert_close, batch, init
+from tests.entk.mlp_oracle import wavy_fn as apply_fn
+from tests.entk.mlp_oracle import wavy_jacobian_by_hand as jacobian_by_hand
+from tests.entk.mlp_oracle import wavy_kernel_by_hand as kernel_by_hand
 
 PARAMS, X_S, X_Q = init(0), batch(0, 6), batch(1, 4)
 K_SS, K_QS = kernel_by_hand(PARAMS, X_S, X_S), kernel_by_hand(PARAMS, X_Q, X_S)

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from mlp_oracle import apply_fn as mlp
-from mlp_oracle import batch, init
 
 from entk import (
     FullJacobian,
@@ -26,6 +24,8 @@ from entk import (
     trace,
 )
 from entk._pinned import pin
+from tests.entk.mlp_oracle import apply_fn as mlp
+from tests.entk.mlp_oracle import batch, init
 
 PARAMS, X = init(0), batch(0, 5)
 V = np.random.default_rng(3).normal(size=10)

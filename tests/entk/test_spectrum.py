@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlp_oracle import assert_close, batch, init
-from mlp_oracle import wavy_fn as apply_fn
-from mlp_oracle import wavy_jacobian_by_hand as jacobian_by_hand
 
 import entk
 import entk._checks
 import entk._spectrum
 from entk import Hutchinson, NtkOperator, XTrace, spectral_density, top_eigenpairs, trace
 from entk._spectrum import SpectralDensity, nodes_and_weights
+from tests.entk.mlp_oracle import assert_close, batch, init
+from tests.entk.mlp_oracle import wavy_fn as apply_fn
+from tests.entk.mlp_oracle import wavy_jacobian_by_hand as jacobian_by_hand
 
 KEY, SIZE = jax.random.key(0), 60
 

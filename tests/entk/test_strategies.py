@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlp_oracle import assert_close, batch, init
-from mlp_oracle import wavy_fn as mlp
-from model_zoo import ZOO
 
 from entk import (
     FullJacobian,
@@ -21,6 +18,9 @@ from entk import (
     plan,
 )
 from entk._structured import Layout, _kernel, in_slices, matched, workspace
+from tests.entk.mlp_oracle import assert_close, batch, init
+from tests.entk.mlp_oracle import wavy_fn as mlp
+from tests.entk.model_zoo import ZOO
 
 PAIRS, BLOCKS = Structured(contractions=(PositionPairs(),)), Structured(contractions=(JacobianBlocks(),))
 MODELS = {model.name: model for model in ZOO}

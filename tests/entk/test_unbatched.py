@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import io_callback
-from mlp_oracle import assert_close
 
 from entk import FullJacobian, NtkOperator, empirical_ntk, gradient_moments, jacobian, plan
 from entk._jacobian import map_examples
 from entk._jaxpr import CALLS, called
+from tests.entk.mlp_oracle import assert_close
 
 N, C = 3, 2
 

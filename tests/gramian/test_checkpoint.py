@@ -12,7 +12,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_problems import cosh_loss, leaves_differ, mlp, problem
 
 from gramian import (
     AdaptiveStep,
@@ -29,6 +28,7 @@ from gramian import (
     logistic_loss,
     squared_loss,
 )
+from tests.gramian.flow_problems import cosh_loss, leaves_differ, mlp, problem
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import numpy as np
-from flow_problems import leaves_differ, problem
+from tests.gramian.flow_problems import leaves_differ, problem
 from gramian import Checkpoint, ConstantStep, gradient_flow
 
 args = problem("logistic", dtype=np.float32)

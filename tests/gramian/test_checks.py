@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_problems import cosh_loss, linear
 
 import gramian
 from entk import FullJacobian
 from gramian import convex_loss, gradient_flow, logistic_loss, reference_flow, softmax_cross_entropy, squared_loss
+from tests.gramian.flow_problems import cosh_loss, linear
 
 X, W, Y = np.ones((4, 3)), np.ones(3), np.ones(4)
 NAN, INF = np.where(np.arange(4) == 2, np.nan, 1.0), np.where(np.arange(4) == 2, np.inf, 1.0)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_problems import OPTIMIZERS, PARAMS, SQUARED, N, X, apply_fn
 
 from gramian import Recorder, convex_loss, minibatches, record_training
 from gramian import _fingerprint as fingerprint
 from gramian._fingerprint import differing, digests, program, text
+from tests.gramian.training_problems import OPTIMIZERS, PARAMS, SQUARED, N, X, apply_fn
 
 BATCHES = minibatches(N, 4, 4)
 TABLE = np.arange(3000.0).reshape(1000, 3)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_problems import PARAMS, SOFTMAX, SQUARED, X_Q, N, X, apply_fn
 
 import gramian._realized
 from gramian import (
@@ -18,6 +17,7 @@ from gramian import (
     record_training,
     squared_loss,
 )
+from tests.gramian.training_problems import PARAMS, SOFTMAX, SQUARED, X_Q, N, X, apply_fn
 
 BATCHES = minibatches(N, 4, 4)  # 12 steps
 

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_problems import leaves_differ, mlp, problem, relative
 
 from entk import FullJacobian
 from gramian import (
@@ -17,6 +16,7 @@ from gramian import (
     reference_flow,
     squared_loss,
 )
+from tests.gramian.flow_problems import leaves_differ, mlp, problem, relative
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import optax
 import pytest
-from flow_problems import problem
-from training_problems import OPTIMIZERS, PARAMS, SOFTMAX, N, X, apply_fn, record
 
 from gramian import Checkpoint, RealizedPath, Recorder, Recording, gradient_flow, minibatches, record_training
 from gramian._folder import Folder
 from gramian._stash import read_arrays
+from tests.gramian.flow_problems import problem
+from tests.gramian.training_problems import OPTIMIZERS, PARAMS, SOFTMAX, N, X, apply_fn, record
 
 BATCHES = minibatches(N, 4, 2)
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_problems import OPTIMIZERS, PARAMS
 
 from gramian._frozen_update import FrozenUpdate
+from tests.gramian.training_problems import OPTIMIZERS, PARAMS
 
 
 def gradients(num_steps, seed=0):

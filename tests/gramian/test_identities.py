@@ -5,7 +5,6 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_problems import linear, problem, residuals
 
 from gramian import (
     AdaptiveStep,
@@ -19,6 +18,7 @@ from gramian import (
     reference_flow,
     squared_loss,
 )
+from tests.gramian.flow_problems import linear, problem, residuals
 
 OBSERVED = {"top": TestKernelTop(), "doubling": DoublingGramian()}
 

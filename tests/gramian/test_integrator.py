@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_problems import problem
 
 from gramian import (
     AdaptiveStep,
@@ -18,6 +17,7 @@ from gramian import (
     gradient_flow,
     squared_loss,
 )
+from tests.gramian.flow_problems import problem
 
 
 def bits(tree):

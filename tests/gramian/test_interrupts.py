@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flow_problems import leaves_differ, problem
-from training_problems import OPTIMIZERS, PARAMS, SOFTMAX, N, X, apply_fn, record
 
 from gramian import (
     Checkpoint,
@@ -24,12 +22,14 @@ from gramian import (
     record_training,
 )
 from gramian._interrupts import Pace, answer, interruptible
+from tests.gramian.flow_problems import leaves_differ, problem
+from tests.gramian.training_problems import OPTIMIZERS, PARAMS, SOFTMAX, N, X, apply_fn, record
 
 WORKER = """
 import sys, jax
 jax.config.update("jax_enable_x64", True)
 sys.path.insert(0, {tests!r})
-from training_problems import *
+from tests.gramian.training_problems import *
 from gramian import analyze_training
 {patch}
 print("ready", flush=True)

@@ -14,8 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flow_problems import problem
-from training_problems import OPTIMIZERS, PARAMS, SOFTMAX, X_Q, N, X, apply_fn, record
 
 from gramian import (
     Checkpoint,
@@ -29,6 +27,8 @@ from gramian import (
     record_training,
 )
 from gramian._leaves import digest
+from tests.gramian.flow_problems import problem
+from tests.gramian.training_problems import OPTIMIZERS, PARAMS, SOFTMAX, X_Q, N, X, apply_fn, record
 
 FULL = os.environ.get("STORAGE_CAMPAIGN") == "1"
 KILLS, READERS, DAMAGES = (20, 20, 100) if FULL else (1, 1, 12)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_problems import OPTIMIZERS, OUTPUTS, PARAMS, SOFTMAX, N, X, apply_fn, record
 
 from entk import empirical_ntk
 from gramian import LiveChannel, RealizedPath, dense_operators, minibatches
 from gramian._training_steps import TrainState, train
+from tests.gramian.training_problems import OPTIMIZERS, OUTPUTS, PARAMS, SOFTMAX, N, X, apply_fn, record
 
 
 def followed(tx, batches, basis, **settings):

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_problems import cosh_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gramian import convex_loss, logistic_loss, softmax_cross_entropy, squared_loss
 from gramian._losses import block_product, check_targets
+from tests.gramian.flow_problems import cosh_loss
 
 
 def sigmoid(z):

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_problems import PARAMS, SOFTMAX, SQUARED, X_Q, N, X, apply_fn
 
 import gramian._recording
 import gramian.plots
@@ -27,6 +26,7 @@ from gramian import (
     softmax_cross_entropy,
     squared_loss,
 )
+from tests.gramian.training_problems import PARAMS, SOFTMAX, SQUARED, X_Q, N, X, apply_fn
 
 BATCHES, SGD = minibatches(N, 4, 2), optax.sgd(0.1)
 

@@ -4,7 +4,6 @@ import functools
 
 import numpy as np
 import pytest
-from flow_problems import mlp, problem, relative
 
 import entk
 from gramian import (
@@ -18,6 +17,7 @@ from gramian import (
     gradient_flow,
     squared_loss,
 )
+from tests.gramian.flow_problems import mlp, problem, relative
 
 OBSERVABLES = {
     "evolution": KernelEvolution(rank=2),

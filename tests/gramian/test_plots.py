@@ -10,7 +10,6 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from flow_problems import linear, problem
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from mpl_toolkits.mplot3d.axes3d import Axes3D
@@ -26,6 +25,7 @@ from gramian import (
     softmax_cross_entropy,
     squared_loss,
 )
+from tests.gramian.flow_problems import linear, problem
 
 PICTURES = ["cells", "kernel_drift", "kernel_surface", "loss", "residual_by_direction", "spectrum", "test_displacement"]
 KINDS = ["squared", "softmax", "no test points", "no clean loss", "late"]

@@ -5,11 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_problems import OPTIMIZERS, OUTPUTS, PARAMS, SOFTMAX, SQUARED, X_Q, M, N, X, apply_fn, record
 
 from entk import gradient_moments
 from gramian import RealizedOperator, RealizedPath, Recorder, Recording, dense_operators, minibatches, record_training
 from gramian._training_steps import train
+from tests.gramian.training_problems import (
+    OPTIMIZERS,
+    OUTPUTS,
+    PARAMS,
+    SOFTMAX,
+    SQUARED,
+    X_Q,
+    M,
+    N,
+    X,
+    apply_fn,
+    record,
+)
 
 NAMES = ("propagator", "gramian", "motion", "displacement", "test_transfer")
 

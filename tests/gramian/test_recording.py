@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_problems import OPTIMIZERS, PARAMS, SOFTMAX, SQUARED, N, X, apply_fn, record
 
 from gramian import Recorder, Recording, minibatches, record_training
+from tests.gramian.training_problems import OPTIMIZERS, PARAMS, SOFTMAX, SQUARED, N, X, apply_fn, record
 
 
 def by_hand(optimizer, batches, loss=SOFTMAX):

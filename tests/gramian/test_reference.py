@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_problems import linear, mlp, problem, relative, residuals
 
 import gramian._reference
 from gramian import reference_flow, squared_loss
+from tests.gramian.flow_problems import linear, mlp, problem, relative, residuals
 
 
 @pytest.mark.parametrize("solver", [diffrax.Tsit5(), diffrax.Kvaerno5()], ids=["tsit5", "kvaerno5"])

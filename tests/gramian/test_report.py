@@ -5,10 +5,10 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_problems import problem
 
 import gramian._report
 from gramian import AboveThreshold, AdaptiveStep, ConstantStep, analyze, logistic_loss, squared_loss
+from tests.gramian.flow_problems import problem
 
 
 def report_on(name, dtype=np.float64, test_points=True, **settings):

@@ -5,7 +5,6 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_problems import linear, mlp, problem, relative, residuals
 
 from gramian import (
     AdaptiveStep,
@@ -19,6 +18,7 @@ from gramian import (
     squared_loss,
 )
 from gramian._integrator import _trial
+from tests.gramian.flow_problems import linear, mlp, problem, relative, residuals
 
 LOSSES = ["squared", "logistic", "softmax"]
 STEPPERS = [pytest.param(ExponentialEuler(), id="euler"), pytest.param(ExponentialMidpoint(), id="midpoint")]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from training_problems import OPTIMIZERS, X_Q, N, record
 
 from gramian import AboveThreshold, analyze_training, minibatches, training_plots
+from tests.gramian.training_problems import OPTIMIZERS, X_Q, N, record
 
 PICTURES = ["loss", "spectra", "invisibility", "identities", "coupling", "cells"]
 

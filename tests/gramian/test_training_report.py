@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_problems import CLASSES, OPTIMIZERS, OUTPUTS, SQUARED, X_Q, N, record
 
 from gramian import AboveThreshold, RealizedPath, analyze_training, minibatches, softmax_cross_entropy
 from gramian import _realized as realized
+from tests.gramian.training_problems import CLASSES, OPTIMIZERS, OUTPUTS, SQUARED, X_Q, N, record
 
 CLEAN = softmax_cross_entropy(jnp.array((CLASSES + (np.arange(N) < 3)) % OUTPUTS))
 TEST = softmax_cross_entropy(jnp.array([0, 1, 2, 0]))
@@ -216,7 +216,7 @@ import sys, jax
 jax.config.update("jax_enable_x64", True)
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from training_problems import *
+from tests.gramian.training_problems import *
 from gramian import RealizedPath, Recording
 assert len(jax.devices()) == 8
 mesh = Mesh(np.array(jax.devices()), ("i",))

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flow_problems import linear, mlp, problem
 
 from gramian import (
     DoublingGramian,
@@ -26,6 +25,7 @@ from gramian import (
 from gramian._coupling import correlation
 from gramian._identities import bounded, judge
 from gramian._rounding import rounding_of
+from tests.gramian.flow_problems import linear, mlp, problem
 
 OBSERVED = {"top": TestKernelTop(), "doubling": DoublingGramian()}
 FLOWS = {}
