@@ -45,8 +45,8 @@ from gramian import (
     reference_flow,
     softmax_cross_entropy,
 )
-from gramian._drawing import BLUE, GREY, RED, STYLE, Page, canvas, legend_below, log_y, title_of
-from gramian._realized_step import rows
+from gramian._run.step import rows
+from gramian.plots.style import BLUE, GREY, RED, STYLE, Page, canvas, legend_below, log_y, title_of
 
 Model = Literal["mlp", "cnn"]
 Optimizer = Literal["adam", "sgd"]

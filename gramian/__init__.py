@@ -1,25 +1,9 @@
 """Output-space training dynamics: flows, the dissipation Gramian, channel and reservoir, coupling, reports."""
 
-from gramian._cells import Cell, four_cells
-from gramian._channel import AboveThreshold, Channel, ChannelRule, TraceShare, signal_channel
-from gramian._checkpoint import Checkpoint
-from gramian._controllers import AdaptiveStep, ConstantStep
-from gramian._coupling import Coupling, coupling
-from gramian._fill import FillOrder, fill_order
-from gramian._flow import Flow, gradient_flow
-from gramian._frozen import FrozenKernel, freeze
-from gramian._identities import Identity, identities
-from gramian._integrator import FlowState, Integrator, StepInfo
-from gramian._krylov import RitzPairs, ritz_pairs, sampled_density
-from gramian._live import LiveChannel, LiveInfo, LiveState
-from gramian._losses import (
-    OutputLoss,
-    convex_loss,
-    logistic_loss,
-    softmax_cross_entropy,
-    squared_loss,
-)
-from gramian._observables import (
+from gramian._flow.controllers import AdaptiveStep, ConstantStep
+from gramian._flow.flow import Flow, gradient_flow
+from gramian._flow.integrator import FlowState, Integrator, StepInfo
+from gramian._flow.observables import (
     ChannelFill,
     Dissipation,
     DoublingGramian,
@@ -28,15 +12,31 @@ from gramian._observables import (
     Observable,
     TestKernelTop,
 )
+from gramian._flow.phi import FrozenKernel, freeze
+from gramian._flow.reference import reference_flow
+from gramian._flow.steppers import ExponentialEuler, ExponentialMidpoint, KernelPoint, Step, Stepper
+from gramian._krylov import RitzPairs, ritz_pairs, sampled_density
+from gramian._losses import (
+    OutputLoss,
+    convex_loss,
+    logistic_loss,
+    softmax_cross_entropy,
+    squared_loss,
+)
 from gramian._operators import Operators, init_operators, update_operators
-from gramian._realized import RealizedOperator, RealizedPath, dense_operators
-from gramian._recording import Recorder, Recording, record_training
-from gramian._reference import reference_flow
-from gramian._report import Report, Risk, analyze
-from gramian._source import KernelSource
-from gramian._steppers import ExponentialEuler, ExponentialMidpoint, KernelPoint, Step, Stepper
-from gramian._training_report import TrainingReport, analyze_training
-from gramian._training_steps import minibatches
+from gramian._problem import KernelSource
+from gramian._reading.cells import Cell, four_cells
+from gramian._reading.channel import AboveThreshold, Channel, ChannelRule, TraceShare, signal_channel
+from gramian._reading.coupling import Coupling, coupling
+from gramian._reading.fill import FillOrder, fill_order
+from gramian._reading.identities import Identity, identities
+from gramian._report.flow import Report, Risk, analyze
+from gramian._report.run import TrainingReport, analyze_training
+from gramian._run.live import LiveChannel, LiveInfo, LiveState
+from gramian._run.path import RealizedOperator, RealizedPath, dense_operators
+from gramian._run.recording import Recorder, Recording, record_training
+from gramian._run.training import minibatches
+from gramian._storage.checkpoint import Checkpoint
 
 __all__ = [
     "AboveThreshold",

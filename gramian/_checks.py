@@ -13,7 +13,7 @@ import numpy as np
 
 from entk.internal import OutputSpec, check_apply, check_fits, num_params
 from gramian._losses import OutputLoss, check_loss, check_targets
-from gramian._source import KernelSource
+from gramian._problem import KernelSource
 
 PyTree = Any
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gramian._frozen import FrozenKernel, integral, matmul, phi1, scale_rows
+from gramian._flow.phi import FrozenKernel, integral, matmul, phi1, scale_rows
 from gramian._losses import block_product
 
 

@@ -16,7 +16,7 @@ import optax
 
 from entk.internal import Pinned, pin, pin_model
 from gramian._losses import OutputLoss
-from gramian._source import KernelSource
+from gramian._problem import KernelSource
 
 PyTree = Any
 

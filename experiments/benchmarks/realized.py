@@ -38,8 +38,8 @@ from gramian import (
     ritz_pairs,
     softmax_cross_entropy,
 )
-from gramian._drawing import BLUE, RED
-from gramian._training_steps import TrainState, train
+from gramian._run.training import TrainState, train
+from gramian.plots.style import BLUE, RED
 
 Part = Literal["recording", "growth", "scale"]
 RANK = 16

@@ -69,7 +69,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_refused_before_any_kernel_is_formed(name, flow, monkeypatch):
     apply_fn, params, x_s, loss, x_q, error, message = BAD[name]
-    monkeypatch.setattr(gramian._source, "empirical_ntk", None)  # a kernel would raise "not callable"
+    monkeypatch.setattr(gramian._problem, "empirical_ntk", None)  # a kernel would raise "not callable"
     with pytest.raises(error, match=message):
         flow(apply_fn, params, x_s, loss, x_q, t1=1.0)
 
@@ -101,7 +101,7 @@ def test_bad_times(times, message):
 
 
 def test_what_would_not_fit_is_refused_with_its_size_and_the_ways_out(monkeypatch):
-    monkeypatch.setattr(gramian._source, "empirical_ntk", None)
+    monkeypatch.setattr(gramian._problem, "empirical_ntk", None)
     monkeypatch.setattr("entk._checks.available_bytes", lambda: 2**20)
     n, p, m = 100, 3, 50
     x, x_q = np.ones((n, p)), np.ones((m, p))

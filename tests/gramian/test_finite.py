@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-import gramian._realized
+import gramian._run.path
 from gramian import (
     Recorder,
     Recording,
@@ -104,13 +104,13 @@ def test_a_loop_of_ones_own_is_stopped_at_the_next_kept_state(tmp_path, at):
 
 def test_a_recording_with_a_step_that_is_not_finite_is_refused_with_it(tmp_path, monkeypatch):
     run = record_training(apply_fn, PARAMS, X, SOFTMAX, optax.sgd(0.1), BATCHES, Recorder(tmp_path, every=4))[1]
-    plain = gramian._realized._forward
+    plain = gramian._run.path._forward
 
     def spoilt(*args):
         shared, probes, sums, course = plain(*args)
         return shared, probes, sums, course._replace(loss=course.loss.at[1].set(jnp.nan))
 
-    monkeypatch.setattr(gramian._realized, "_forward", spoilt)
+    monkeypatch.setattr(gramian._run.path, "_forward", spoilt)
     monkeypatch.setattr(np.linalg, "eigh", lambda *_: pytest.fail("LAPACK was asked"))
     with pytest.raises(FloatingPointError, match="the training loss is not finite at step 2 of 12"):
         analyze_training(run, X_Q)

@@ -21,7 +21,7 @@ from gramian import (
     minibatches,
     record_training,
 )
-from gramian._interrupts import Pace, answer, interruptible
+from gramian._storage.interrupts import Pace, answer, interruptible
 from tests.gramian.flow_problems import leaves_differ, problem
 from tests.gramian.training_problems import OPTIMIZERS, PARAMS, SOFTMAX, N, X, apply_fn, record
 
@@ -266,7 +266,7 @@ def test_an_interrupt_that_is_caught_and_one_that_is_not():
     """In a script: `except KeyboardInterrupt` sees it; uncaught it leaves one line; other errors are shown as ever."""
     code = """
 import signal, sys
-from gramian._interrupts import answer, interruptible
+from gramian._storage.interrupts import answer, interruptible
 def stop():
     with interruptible(lambda: "line"):
         signal.raise_signal(signal.SIGINT)

@@ -26,7 +26,7 @@ from gramian import (
     minibatches,
     record_training,
 )
-from gramian._leaves import digest
+from gramian._storage.trees import digest
 from tests.gramian.flow_problems import problem
 from tests.gramian.training_problems import OPTIMIZERS, PARAMS, SOFTMAX, X_Q, N, X, apply_fn, record
 

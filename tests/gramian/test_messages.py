@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-import gramian._recording
+import gramian._run.recording
 import gramian.plots
 from gramian import (
     AboveThreshold,
@@ -140,7 +140,7 @@ def test_companions_of_a_report_are_named(tmp_path, monkeypatch, settings, error
     ],
 )
 def test_a_recording_is_refused_when_it_starts(tmp_path, monkeypatch, arguments, error, message):
-    monkeypatch.setattr(gramian._recording, "train", lambda *_: pytest.fail("training had started"))
+    monkeypatch.setattr(gramian._run.recording, "train", lambda *_: pytest.fail("training had started"))
     given = {"loss": SQUARED, "optimizer": SGD, "batches": BATCHES, "recorder": Recorder(tmp_path)} | arguments
     with pytest.raises(error, match=message):
         record_training(apply_fn, PARAMS, X, **given)

@@ -1,0 +1,1 @@
+"""Gradient flow: exponential steps, their control, what is recorded on the way (theory §§2, 5)."""

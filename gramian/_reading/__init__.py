@@ -1,0 +1,1 @@
+"""What the operators of a run say: identities, channel, cells, coupling (theory §§2, 6)."""

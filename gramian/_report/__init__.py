@@ -1,0 +1,1 @@
+"""Reports: everything about one run at once."""

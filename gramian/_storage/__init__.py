@@ -1,0 +1,1 @@
+"""Files, folders, progress and interrupts."""
