@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from transforms import _validation
-from transforms._statistic import (
+from transforms._estimators.ema import (
     Moments,
     Statistic,
     compute_dtype,

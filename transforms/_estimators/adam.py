@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from transforms import _validation
-from transforms._statistic import (
+from transforms._estimators.ema import (
     Moments,
     Statistic,
     check_data_noise,
