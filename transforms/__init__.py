@@ -18,17 +18,13 @@ from transforms._estimators.adam import (
     adam_moments_statistic,
     adam_statistic,
 )
+from transforms._estimators.base import Moments, Statistic
 from transforms._estimators.batch import (
     BatchStatisticState,
     batch_statistic,
     join_moments,
 )
-from transforms._estimators.ema import (
-    EmaStatisticState,
-    Moments,
-    Statistic,
-    ema_statistic,
-)
+from transforms._estimators.ema import EmaStatisticState, ema_statistic
 from transforms._gate import (
     PopriskGateState,
     poprisk_gate,

@@ -15,7 +15,7 @@ from rich.text import Text
 from transforms import _null_distribution, _validation
 from transforms._adamw import poprisk_adamw
 from transforms._estimators.adam import adam_statistic
-from transforms._estimators.ema import compute_dtype
+from transforms._estimators.averages import compute_dtype
 from transforms._report import GateReport, Shown, gate_report, gates_of
 from transforms._thresholds import finite_data_alpha
 

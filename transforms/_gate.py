@@ -8,7 +8,9 @@ import optax
 from jax.typing import ArrayLike
 
 from transforms import _validation
-from transforms._estimators.ema import Statistic, compute_dtype, ema_statistic
+from transforms._estimators.averages import compute_dtype
+from transforms._estimators.base import Statistic
+from transforms._estimators.ema import ema_statistic
 from transforms._masks import Mask, SnrMask, capped
 from transforms._monitor import Summary, no_summary, summary_of
 from transforms._reductions import PerScalar, Pooled, Reduction, debiased

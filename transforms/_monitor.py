@@ -12,7 +12,7 @@ import optax
 from jax.typing import ArrayLike
 
 from transforms import _null_distribution, _validation
-from transforms._estimators.ema import Moments
+from transforms._estimators.base import Moments
 from transforms._masks import Mask, capped
 from transforms._reductions import Pooled
 from transforms._thresholds import Level

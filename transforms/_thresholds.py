@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from transforms import _null_distribution, _validation
-from transforms._estimators.ema import Moments
+from transforms._estimators.base import Moments
 from transforms._pytree import at_step, pytree
 
 
