@@ -8,21 +8,23 @@ a gate could help, `gate_report` what it did.
 Source: Litman & Guo, "A Theory of Generalization in Deep Learning", arXiv:2605.01172.
 """
 
-from transforms._adam_statistics import (
-    AdamStatisticState,
-    adam_moments_statistic,
-    adam_statistic,
-)
 from transforms._adamw import poprisk_adamw
 from transforms._audit import (
     GateAudit,
     gate_audit,
 )
-from transforms._batch_statistic import (
+from transforms._estimators.adam import (
+    AdamStatisticState,
+    adam_moments_statistic,
+    adam_statistic,
+)
+from transforms._estimators.base import Moments, Statistic
+from transforms._estimators.batch import (
     BatchStatisticState,
     batch_statistic,
     join_moments,
 )
+from transforms._estimators.ema import EmaStatisticState, ema_statistic
 from transforms._gate import (
     PopriskGateState,
     poprisk_gate,
@@ -32,6 +34,10 @@ from transforms._masks import (
     Mask,
     SnrMask,
     SoftMask,
+)
+from transforms._monitor import (
+    LeafSummary,
+    Summary,
 )
 from transforms._presets import (
     algorithm_1,
@@ -50,16 +56,6 @@ from transforms._report import (
     GateReport,
     LayerReport,
     gate_report,
-)
-from transforms._statistic import (
-    EmaStatisticState,
-    Moments,
-    Statistic,
-    ema_statistic,
-)
-from transforms._summary import (
-    LeafSummary,
-    Summary,
 )
 from transforms._thresholds import (
     Alpha,

@@ -10,12 +10,13 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from transforms import _validation
-from transforms._adam_statistics import adam_statistic
+from transforms._estimators.adam import adam_statistic
+from transforms._estimators.averages import compute_dtype, safe_decay
+from transforms._estimators.base import Statistic
 from transforms._gate import check_statistic, poprisk_gate
 from transforms._masks import HardMask, Mask
+from transforms._monitor import Summary
 from transforms._reductions import PerScalar, Reduction
-from transforms._statistic import Statistic, compute_dtype, safe_decay
-from transforms._summary import Summary
 from transforms._thresholds import Threshold, TStatistic
 
 

@@ -12,11 +12,11 @@ import optax
 from rich.table import Table
 from rich.text import Text
 
-from transforms import _null, _validation
-from transforms._adam_statistics import adam_statistic
+from transforms import _null_distribution, _validation
 from transforms._adamw import poprisk_adamw
+from transforms._estimators.adam import adam_statistic
+from transforms._estimators.averages import compute_dtype
 from transforms._report import GateReport, Shown, gate_report, gates_of
-from transforms._statistic import compute_dtype
 from transforms._thresholds import finite_data_alpha
 
 
@@ -285,7 +285,7 @@ def _signal_to_noise(spread: _Spread, batch_share: float) -> float:
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
     """Of their mean, 95 %, by Student's t."""
-    quantile = float(_null.threshold_for(0.05, len(values) - 1)) ** 0.5  # of |t|
+    quantile = float(_null_distribution.threshold_for(0.05, len(values) - 1)) ** 0.5  # of |t|
     margin = quantile * values.std(ddof=1) / math.sqrt(len(values))
     return float(values.mean() - margin), float(values.mean() + margin)
 

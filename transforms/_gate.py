@@ -8,10 +8,12 @@ import optax
 from jax.typing import ArrayLike
 
 from transforms import _validation
+from transforms._estimators.averages import compute_dtype
+from transforms._estimators.base import Statistic
+from transforms._estimators.ema import ema_statistic
 from transforms._masks import Mask, SnrMask, capped
+from transforms._monitor import Summary, no_summary, summary_of
 from transforms._reductions import PerScalar, Pooled, Reduction, debiased
-from transforms._statistic import Statistic, compute_dtype, ema_statistic
-from transforms._summary import Summary, no_summary, summary_of
 from transforms._thresholds import Threshold, TStatistic
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from transforms import _validation
-from transforms._fields import pytree
+from transforms._pytree import pytree
 
 
 class Mask(Protocol):

@@ -6,11 +6,11 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from transforms._adam_statistics import adam_statistic
 from transforms._adamw import poprisk_adamw
+from transforms._estimators.adam import adam_statistic
 from transforms._masks import Mask, SnrMask, SoftMask
+from transforms._monitor import Summary
 from transforms._reductions import PerScalar, Reduction
-from transforms._summary import Summary
 from transforms._thresholds import Alpha
 
 

@@ -11,9 +11,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from transforms import _null
+from transforms import _null_distribution
 from transforms._gate import PopriskGateState
-from transforms._summary import LeafSummary, leaf_names
+from transforms._monitor import LeafSummary, leaf_names
 
 # Where a gate can hardly do anything, in shares of coordinates.
 _NEARLY_ALL, _NEARLY_NONE, _PURE_NOISE_OPEN = 0.95, 0.02, 0.8
@@ -184,7 +184,7 @@ def _layer(name: str, leaves: list[LeafSummary]) -> LayerReport:
         return float(sum(np.float64(getattr(leaf, field)) for leaf in leaves))
 
     size = total("size")
-    shares = [_null.share_above(leaf.noise_boundary, leaf.dof, leaf.num_together) for leaf in leaves]
+    shares = [_null_distribution.share_above(leaf.noise_boundary, leaf.dof, leaf.num_together) for leaf in leaves]
     open_on_noise = sum(float(share * leaf.size) for share, leaf in zip(shares, leaves, strict=True))
     return LayerReport(
         name=name,

@@ -13,9 +13,9 @@ import jax
 import optax
 from jax.typing import ArrayLike
 
-from transforms import _null, _validation
-from transforms._fields import at_step, pytree
-from transforms._statistic import Moments
+from transforms import _null_distribution, _validation
+from transforms._estimators.base import Moments
+from transforms._pytree import at_step, pytree
 
 
 class Level(NamedTuple):
@@ -155,8 +155,8 @@ class OpenShare:
         share = at_step(self.share, step)
 
         def tau(count: ArrayLike) -> jax.Array:
-            f = _null.threshold_for(share, moments.dof, count)
-            return _null.t_squared(f, moments.overlap)
+            f = _null_distribution.threshold_for(share, moments.dof, count)
+            return _null_distribution.t_squared(f, moments.overlap)
 
         return Level(moments.noise_ratio, tau)
 

@@ -23,7 +23,7 @@ from transforms import (
     PerTensor,
     SnrMask,
     TStatistic,
-    _null,
+    _null_distribution,
     adam_moments_statistic,
     adam_statistic,
     batch_statistic,
@@ -37,7 +37,7 @@ SHARES = (0.05, 0.32, 0.6)
 POINT = 0.01
 STEPS = (3, 10, 100)
 NUM_COORDINATES = 40_000
-THRESHOLD_FOR = jax.jit(_null.threshold_for)
+THRESHOLD_FOR = jax.jit(_null_distribution.threshold_for)
 
 
 # ---------------------------------------------------------------- exact shares, by matrices
@@ -121,10 +121,10 @@ def test_exact_share_of_gaussian_noise_is_the_stated_one_at_every_step(name):
         moments = moments_at(name, t)
         w, form = make(first, second, t)
         for share in SHARES:
-            tau = _null.t_squared(THRESHOLD_FOR(share, moments.dof), moments.overlap)
+            tau = _null_distribution.t_squared(THRESHOLD_FOR(share, moments.dof), moments.overlap)
             assert abs(exact_share(w, form, float(tau)) - share) < POINT, (t, share)
         # What a report calls the share of the leave-one-out rule on pure noise.
-        told = _null.share_above(_null.f_value(1.0, moments.overlap), moments.dof)
+        told = _null_distribution.share_above(_null_distribution.f_value(1.0, moments.overlap), moments.dof)
         assert abs(exact_share(w, form, 1.0) - told) < POINT, t
 
 
@@ -137,7 +137,7 @@ def test_limit_of_short_means_at_the_first_steps(b1, t, low, high):
     statistic = ema_statistic(b1)
     state = statistic.init(jnp.zeros(1))._replace(step=jnp.array(t - 1, jnp.int32))
     _, moments = statistic.update(jnp.zeros(1), state)
-    tau = _null.t_squared(THRESHOLD_FOR(0.05, moments.dof), moments.overlap)
+    tau = _null_distribution.t_squared(THRESHOLD_FOR(0.05, moments.dof), moments.overlap)
     assert low <= exact_share(w, form, float(tau)) - 0.05 <= high
 
 
@@ -156,18 +156,20 @@ def test_imhof_s_integral_against_the_t_distribution():
 def test_null_distribution_against_scipy(count, dof):
     f = scipy.stats.f(count, count * dof)
     shares = np.array([0.001, 0.05, 0.32, 0.5, 0.9])
-    np.testing.assert_allclose(_null.share_above(f.isf(shares), dof, count), shares, atol=0.004)
+    np.testing.assert_allclose(_null_distribution.share_above(f.isf(shares), dof, count), shares, atol=0.004)
     back = f.sf(np.asarray(THRESHOLD_FOR(shares, dof, count), np.float64))
     np.testing.assert_allclose(back, shares, atol=0.004)
 
 
 def test_null_distribution_at_its_ends():
-    np.testing.assert_array_equal(_null.threshold_for(jnp.array([0.0, 1.0]), 9.0), [jnp.inf, 0.0])
+    np.testing.assert_array_equal(_null_distribution.threshold_for(jnp.array([0.0, 1.0]), 9.0), [jnp.inf, 0.0])
     for overlap in (0.0, 0.3, -0.2):
         f = np.array([0.0, 0.5, 1.0, 2.0], np.float32)
-        np.testing.assert_allclose(_null.f_value(_null.t_squared(f, overlap), overlap), f, rtol=1e-5)
-    assert _null.t_squared(1e30, 0.25) == pytest.approx(4.0)  # no t² is above 1/overlap
-    assert _null.t_squared(1e30, -0.25) == jnp.inf
+        np.testing.assert_allclose(
+            _null_distribution.f_value(_null_distribution.t_squared(f, overlap), overlap), f, rtol=1e-5
+        )
+    assert _null_distribution.t_squared(1e30, 0.25) == pytest.approx(4.0)  # no t² is above 1/overlap
+    assert _null_distribution.t_squared(1e30, -0.25) == jnp.inf
 
 
 # ---------------------------------------------------------------- simulation, through the gate itself

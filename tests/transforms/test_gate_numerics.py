@@ -29,7 +29,7 @@ from transforms import (
     poprisk_adamw,
     poprisk_gate,
 )
-from transforms._statistic import one_minus_power, stochastically_rounded
+from transforms._estimators.averages import one_minus_power, stochastically_rounded
 
 HALVES = [jnp.float16, jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2]
 ADAMW = functools.partial(poprisk_adamw, 1.0, weight_decay=0.0)

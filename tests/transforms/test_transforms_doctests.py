@@ -9,7 +9,7 @@ import pytest
 
 import transforms
 
-MODULES = [f"transforms.{module.name}" for module in pkgutil.iter_modules(transforms.__path__)]
+MODULES = [module.name for module in pkgutil.walk_packages(transforms.__path__, "transforms.")]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from transforms import _null, _validation
+from transforms import _null_distribution, _validation
+from transforms._estimators.base import Moments
 from transforms._masks import Mask, capped
 from transforms._reductions import Pooled
-from transforms._statistic import Moments
 from transforms._thresholds import Level
 
 
@@ -198,4 +198,4 @@ def _noise_boundary(mask: Mask, level: Level, blocks: Pooled, moments: Moments) 
     low, high = jax.lax.fori_loop(0, 24, halve, start)
     ratio = jnp.where(is_open(start[0]), 0.0, jnp.where(is_open(start[1]), jnp.exp((low + high) / 2), jnp.inf))
     in_units = jnp.asarray(level.unit, dtype) / jnp.asarray(moments.noise_ratio, dtype)
-    return _null.f_value(ratio * in_units, moments.overlap)
+    return _null_distribution.f_value(ratio * in_units, moments.overlap)

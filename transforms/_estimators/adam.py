@@ -8,19 +8,17 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from transforms import _validation
-from transforms._statistic import (
-    Moments,
-    Statistic,
-    check_data_noise,
+from transforms._estimators.averages import (
     compute_dtype,
     ema,
     one_minus_power,
     safe_decay,
     squared_deviations,
-    streaming_moments,
     sum_of_squared_weights,
     zeros_like,
 )
+from transforms._estimators.base import Moments, Statistic
+from transforms._estimators.ema import check_data_noise, streaming_moments
 
 
 class AdamStatisticState(NamedTuple):

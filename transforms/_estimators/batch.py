@@ -9,9 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from transforms import _validation
-from transforms._statistic import (
-    Moments,
-    Statistic,
+from transforms._estimators.averages import (
     compute_dtype,
     ema,
     one_minus_power,
@@ -19,6 +17,7 @@ from transforms._statistic import (
     sum_of_squared_weights,
     zeros_like,
 )
+from transforms._estimators.base import Moments, Statistic
 
 
 class BatchStatisticState(NamedTuple):
