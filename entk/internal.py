@@ -1,6 +1,6 @@
 """What the other packages of this distribution take from this one besides its public names. Not for users."""
 
-from entk._checks import (
+from entk._checks.apply import (
     OutputSpec,
     check_apply,
     check_count,
@@ -8,8 +8,12 @@ from entk._checks import (
     num_params,
     pin_model,
 )
-from entk._jacobian import map_examples, model_precision
-from entk._jaxpr import (
+from entk._kernels.jacobian import map_examples, model_precision
+from entk._kernels.ntk import Strategy
+from entk._spectra.protocol import LinearOperator
+from entk._spectra.spectrum import SpectralDensity, nodes_and_weights
+from entk._text import as_text
+from entk._tracing.jaxpr import (
     CALLS,
     CUSTOM_DERIVATIVES,
     bind,
@@ -18,11 +22,7 @@ from entk._jaxpr import (
     is_literal,
     opened,
 )
-from entk._matvec import LinearOperator
-from entk._ntk import Strategy
-from entk._pinned import Pinned, fingerprint, pin
-from entk._spectrum import SpectralDensity, nodes_and_weights
-from entk._text import as_text
+from entk._tracing.pinned import Pinned, fingerprint, pin
 
 __all__ = [
     "CALLS",
