@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-PyTree = Any
+from entk._types import PyTree
 
 
 def differentiable(params: PyTree) -> tuple[list[Array], Callable[[Sequence[Any]], PyTree]]:
@@ -34,3 +35,8 @@ def differentiable(params: PyTree) -> tuple[list[Array], Callable[[Sequence[Any]
         return jax.tree.unflatten(treedef, merged)
 
     return [leaf for leaf, moves in zip(leaves, chosen, strict=True) if moves], rebuild
+
+
+def num_params(params: PyTree) -> int:
+    """Number of differentiable scalars in `params` (the p of the Jacobian's shape)."""
+    return sum(math.prod(jnp.shape(leaf)) for leaf in differentiable(params)[0])

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import bisect
 import math
-import numbers
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import psutil
 
-from entk._checks.cgroup import cgroup_headroom
-from entk._checks.independence import check_independent, kind, one_row, passed, remember
-from entk._checks.misuse import check_function, check_leaf, explain_call, first_line, shapes
-from entk._checks.rlimit import rlimit_headroom
-from entk._parameters import differentiable
+from entk._batching import one_row
+from entk._checks.arguments import check_arguments, check_params, num_examples
+from entk._checks.independence import check_independent
+from entk._checks.misuse import check_function, explain_call, first_line, shapes
+from entk._checks.passed import kind, passed, remember
 from entk._tracing.pinned import Pinned, pin
-
-PyTree = Any
-ApplyFn = Callable[[PyTree, PyTree], Any]  # one array; libraries type theirs loosely, so check_apply verifies it
-
-
-_ARGUMENTS: dict[Hashable, Any] = {}  # kinds of params and x that have passed
+from entk._types import ApplyFn, PyTree
 
 
 class OutputSpec(NamedTuple):
@@ -34,67 +25,6 @@ class OutputSpec(NamedTuple):
     dtype: jnp.dtype
 
 
-def num_params(params: PyTree) -> int:
-    """Number of differentiable scalars in `params` (the p of the Jacobian's shape)."""
-    return sum(math.prod(jnp.shape(leaf)) for leaf in differentiable(params)[0])
-
-
-def check_params(params: PyTree) -> jnp.dtype:
-    """Returns the one dtype of the floating leaves of `params`; integers, booleans and random keys are constants."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
-        raise ValueError("params has no leaves; pass the pytree of arrays that apply_fn differentiates.")
-    dtypes = {}
-    for path, leaf in leaves:
-        check_leaf(leaf, f"params{jax.tree_util.keystr(path)}")
-        dtype = jnp.result_type(leaf)
-        if jnp.issubdtype(dtype, jnp.complexfloating):
-            raise TypeError(
-                f"params{jax.tree_util.keystr(path)} has dtype {dtype}, but parameters must be real: keep real and "
-                "imaginary part as two leaves, or close apply_fn over it."
-            )
-        if jnp.issubdtype(dtype, jnp.floating):
-            dtypes.setdefault(dtype, jax.tree_util.keystr(path))
-    if not dtypes:
-        found = ", ".join(sorted({str(jnp.result_type(leaf)) for _, leaf in leaves}))
-        raise ValueError(
-            f"params has leaves of dtype {found} only, which are constants: at least one leaf must be floating point, "
-            "e.g. jax.tree.map(jnp.float32, params)."
-        )
-    if len(dtypes) > 1:
-        found = ", ".join(f"{dtype} (params{path})" for dtype, path in dtypes.items())
-        raise TypeError(
-            f"params mixes dtypes: {found}. Cast the floating-point leaves to one, e.g. jax.tree.map(jnp.float32, "
-            "params)."
-        )
-    return next(iter(dtypes))
-
-
-def num_examples(x: PyTree, name: str) -> int:
-    """The common leading dimension of the leaves of a batch."""
-    leaves = jax.tree_util.tree_leaves_with_path(x)
-    if not leaves:
-        raise ValueError(f"{name}={x!r} holds no arrays; pass an array, or a pytree of arrays, one row an example.")
-    for path, leaf in leaves:
-        where = name + jax.tree_util.keystr(path)
-        check_leaf(leaf, where)
-        if jnp.ndim(leaf) == 0:
-            raise ValueError(
-                f"{where}={leaf!r} is a scalar, but must have a leading axis of examples; nested lists are trees of "
-                "scalars: pass jnp.asarray(...)."
-            )
-    sizes = {jnp.shape(leaf)[0] for _, leaf in leaves}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"the leaves of {name} disagree on the number of examples: {sorted(sizes)}; every leaf needs one row for "
-            "each example."
-        )
-    (n,) = sizes
-    if n == 0:
-        raise ValueError(f"{name} holds zero examples; pass at least one.")
-    return n
-
-
 def pin_model(
     apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None = None, *, names: tuple[str, str] = ("x1", "x2")
 ) -> Pinned:
@@ -103,9 +33,9 @@ def pin_model(
         return apply_fn
     check_function(apply_fn, "apply_fn")
     try:
-        _check_arguments(params, x1, names[0])
+        check_arguments(params, x1, names[0])
         if x2 is not None:
-            _check_arguments(params, x2, names[1])
+            check_arguments(params, x2, names[1])
         model = pin(apply_fn, (params, one_row(x1)))
     except Exception as error:
         explain_call(apply_fn, params, x1, names[0], error)
@@ -122,34 +52,13 @@ def pin_model(
         ) from error
 
 
-def _check_arguments(params: PyTree, x: PyTree, name: str) -> None:
-    """Of one kind only once: what is asked of them is asked of shapes and dtypes."""
-    try:
-        found = kind(params), kind(x)
-        if found in _ARGUMENTS:
-            return
-    except Exception:  # of whatever kind: leaves that are no arrays, which the following refuses by name
-        found = None
-    dtype = check_params(params)
-    num_examples(x, name)
-    for leaf in jax.tree.leaves(x):
-        x_dtype = jnp.result_type(leaf)
-        if jnp.issubdtype(x_dtype, jnp.floating) and x_dtype != dtype:
-            raise TypeError(
-                f"{name} has dtype {x_dtype} and params {dtype}: mixed dtypes would be promoted silently. "
-                f"Cast one of them, e.g. {name}.astype(jnp.{dtype})."
-            )
-    if found is not None:
-        remember(found, among=_ARGUMENTS)
-
-
 def check_apply(apply_fn: ApplyFn, params: PyTree, x: PyTree, name: str = "x") -> OutputSpec:
     """Checks `apply_fn` against the contract: one row of outputs an example, of any trailing shape, and of its own.
 
     All of it is checked by tracing, except what takes values: that a row changes with its own example only.
     """
     model = pin_model(apply_fn, params, x, names=(name, ""))
-    _check_arguments(params, x, name)
+    check_arguments(params, x, name)
     found = "outputs", model, kind(params), kind(x)
     spec = passed(found)
     if spec is None:
@@ -204,63 +113,3 @@ def check_apply_pair(apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree |
             "number: pass inputs of one kind."
         )
     return spec1, spec2
-
-
-def check_microbatch_size(microbatch_size: int | None) -> int | None:
-    """Returns `microbatch_size` as a Python integer; NumPy's integers are taken, booleans and floats are not."""
-    if microbatch_size is None:
-        return None
-    if isinstance(microbatch_size, bool) or not isinstance(microbatch_size, numbers.Integral) or microbatch_size < 1:
-        raise ValueError(f"microbatch_size={microbatch_size!r} must be a positive integer, or None for one batch.")
-    return int(microbatch_size)
-
-
-def check_count(name: str, value: Any, minimum: int = 1) -> int:
-    """Returns `value` as a Python integer; NumPy's integers are taken, booleans and floats are not."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}.")
-    return int(value)
-
-
-def available_bytes() -> int:
-    """Memory in bytes that this process's first device can still give; for a CPU, what the limits of containers and of
-    the process leave."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return int(min(psutil.virtual_memory().available, cgroup_headroom(), rlimit_headroom()))
-
-
-def check_fits(
-    num_bytes: int,
-    what: str,
-    remedy: str,
-    *,
-    count: int = 0,
-    bytes_of: Callable[[int], int] | None = None,
-    unit: str = "examples",
-) -> None:
-    """Refuses an allocation that is larger than the memory at hand, before it is made.
-
-    Args:
-      num_bytes: what it takes.
-      what: is allocated, for the message; "the 10 x 10 kernel".
-      remedy: sentences that name the ways out.
-      count, bytes_of, unit: of what there could be less, and what so many take: the message says how many would fit.
-
-    Cost: reading some files of the operating system, about 0.1 ms.
-    """
-    available = available_bytes()
-    if num_bytes > available:
-        fitting = ""
-        if bytes_of is not None:
-            most = bisect.bisect_right(range(1, count), available, key=bytes_of)
-            fitting = (
-                f" {most:,} of the {count:,} {unit} would fit."
-                if most
-                else f" Not one of the {count:,} {unit} would fit."
-            )
-        raise MemoryError(
-            f"{what} takes {num_bytes / 2**30:,.1f} GiB and {available / 2**30:,.1f} GiB are available.{fitting} "
-            f"{remedy}"
-        )

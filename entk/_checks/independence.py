@@ -13,7 +13,7 @@ cancellation, what moving every input by one rounding does to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,20 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
+from entk._batching import map_examples, one_row
+from entk._checks.passed import kind, passed, remember
 from entk._parameters import differentiable
+from entk._precision import model_precision
 from entk._tracing.jaxpr import intermediate_bytes
 from entk._tracing.pinned import Pinned, is_at_hand, pin
-
-PyTree = Any
+from entk._types import PyTree
 
 SHIFT = 2.0**-10  # of every parameter, in its own unit
 NUM_CANDIDATES = 8  # examples looked at for one that differs from the first
 WHOLE_BYTES = 2**28  # of intermediate results of the whole batch; of a larger one the first rows are compared
 NUM_ROUNDINGS = 8  # draws of the inputs, each moved by one rounding
 NOWHERE = 2**31 - 1  # a row that no batch has
-MAX_PASSED = 128
-
-_PASSED: dict[Hashable, Any] = {}  # models that have passed what is checked once, the one longest known first
 
 
 def check_independent(
@@ -62,7 +61,7 @@ def check_independent(
     apply_fn = pin(apply_fn, (params, one_row(x)))
     params, x = _in_one_place((params, x))
     one_kind, whole = (apply_fn, kind(params), kind(x, 1)), (apply_fn, kind(params), kind(x))
-    if not is_mean and one_kind not in _PASSED:
+    if not is_mean and not passed(one_kind):
         change = _largest_change(apply_fn, params, x)
         if change is not None and change > 0:
             raise ValueError(
@@ -73,37 +72,11 @@ def check_independent(
             )
         if change is not None:
             remember(one_kind)
-    size = _PASSED.get(whole)
+    size = passed(whole)
     for is_shifted in (False, True) if size is None else (False,):
         size = size or _num_compared(apply_fn, params, x)
         _check_rows(apply_fn, params, x, size, is_shifted, name, is_mean)
     remember(whole, size)
-
-
-def remember(key: Hashable, value: Any = True, among: dict[Hashable, Any] = _PASSED) -> None:
-    """Keeps few models, as they may be large, and no refusals: what apply_fn closes over may be put right."""
-    while len(among) >= MAX_PASSED:
-        among.pop(next(iter(among)), None)
-    among[key] = value
-
-
-def passed(key: Hashable) -> Any:
-    """What was remembered of a model, or None."""
-    return _PASSED.get(key)
-
-
-def kind(tree: PyTree, axis: int = 0) -> tuple:
-    """Structure, dtypes, and shapes from `axis` on."""
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple(
-        (leaf.shape[axis:], leaf.dtype) if hasattr(leaf, "dtype") else (type(leaf), jnp.result_type(leaf))
-        for leaf in leaves
-    )
-
-
-def one_row(x: PyTree) -> PyTree:
-    """Shapes and dtypes of a batch of one example."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *jnp.shape(leaf)[1:]), jnp.result_type(leaf)), x)
 
 
 def _may_be_run(leaf: Any) -> bool:
@@ -125,8 +98,6 @@ def _together_and_alone(apply_fn, size, params, x, control):
 
     With `control` = (is_shifted, place, source): at shifted parameters, and with example `source` in `place`.
     """
-    from entk._kernels.jacobian import map_examples, model_precision  # which import the checks
-
     is_shifted, place, source = control
     params = jax.tree.map(lambda leaf: leaf if _is_key(leaf) else jnp.asarray(leaf), params)
     params = jax.lax.cond(is_shifted, _shifted, lambda params: params, params)

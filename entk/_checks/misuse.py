@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from entk._checks.independence import one_row
-
-PyTree = Any
+from entk._batching import one_row
+from entk._types import PyTree
 
 REMEDIES = {
     "torch": "pass jnp.asarray(tensor.detach().cpu().numpy())",

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from entk._checks.apply import ApplyFn, PyTree, check_apply_pair, check_count, pin_model
+from entk._checks.apply import check_apply_pair, pin_model
+from entk._checks.counts import check_count
 from entk._structured.strategy import Structured
+from entk._types import ApplyFn, PyTree
 
 
 class NtkBlock(NamedTuple):

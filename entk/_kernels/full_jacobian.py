@@ -9,9 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from entk._checks.apply import ApplyFn, OutputSpec, PyTree, check_fits, check_microbatch_size, num_params
-from entk._kernels.jacobian import PRECISION, example_jacobian, free_promotion, map_examples
-from entk._structured.contractions import product
+from entk._batching import map_examples
+from entk._checks.apply import OutputSpec
+from entk._checks.counts import check_microbatch_size
+from entk._checks.memory import check_fits
+from entk._kernels.jacobian import example_jacobian
+from entk._parameters import num_params
+from entk._precision import free_promotion, row_products
+from entk._types import ApplyFn, PyTree
 
 
 @dataclass(frozen=True)
@@ -81,14 +86,14 @@ def _kernel(apply_fn, params, x1, x2, microbatch_size):
     if x2 is None and (microbatch_size is None or microbatch_size >= n1):
         jac = map_examples(lambda x_i: example_jacobian(apply_fn, params, x_i), x1, None)
         rows = [leaf.reshape(n1 * leaf.shape[1], leaf.shape[2]) for leaf in jac]
-        return sum(product(leaf, leaf, PRECISION) for leaf in rows)
+        return sum(row_products(leaf, leaf) for leaf in rows)
 
     def column(x_j):
         jac_j = example_jacobian(apply_fn, params, x_j)
 
         def block(x_i):
             jac_i = example_jacobian(apply_fn, params, x_i)
-            return sum(product(a, b, PRECISION) for a, b in zip(jac_i, jac_j, strict=True))
+            return sum(row_products(a, b) for a, b in zip(jac_i, jac_j, strict=True))
 
         return map_examples(block, x1, microbatch_size)
 

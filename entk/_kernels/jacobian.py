@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from entk._checks.apply import ApplyFn, PyTree, check_apply, check_fits, check_microbatch_size, num_params, pin_model
-from entk._parameters import differentiable
-
-# TF32 and bfloat16 passes would break symmetry and positive semi-definiteness of K on accelerators.
-PRECISION = jax.lax.Precision.HIGHEST
+from entk._batching import map_examples
+from entk._checks.apply import check_apply, pin_model
+from entk._checks.counts import check_microbatch_size
+from entk._checks.memory import check_fits
+from entk._parameters import differentiable, num_params
+from entk._precision import free_promotion, model_precision
+from entk._types import ApplyFn, PyTree
 
 
 def example_jacobian(apply_fn: ApplyFn, params: PyTree, x_i: PyTree) -> list[Array]:
@@ -28,25 +28,6 @@ def example_jacobian(apply_fn: ApplyFn, params: PyTree, x_i: PyTree) -> list[Arr
         out, pull = jax.vjp(outputs, leaves)
         (jac,) = map_examples(pull, jnp.eye(out.size, dtype=out.dtype), None)
     return [leaf.reshape(leaf.shape[0], -1) for leaf in jac]
-
-
-def model_precision():
-    """The precision of products for which the model names none: the caller's `jax.default_matmul_precision`, else full.
-
-    Accelerators default to eight or eleven bits of a float32, with which J is wrong in the third digit.
-    """
-    of_caller = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return jax.default_matmul_precision(of_caller or "highest")
-
-
-@contextlib.contextmanager
-def free_promotion() -> Iterator[None]:
-    """Code of this package and of matfree broadcasts and promotes freely, whatever the caller asks of their own.
-
-    The model has been traced under the caller's settings before, by `entk._tracing.pinned`.
-    """
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def jacobian(
@@ -119,37 +100,3 @@ def _jacobian(apply_fn, params, x, microbatch_size):
         return jnp.concatenate(example_jacobian(apply_fn, params, x_i), axis=1)
 
     return map_examples(rows, x, microbatch_size)
-
-
-def map_examples(function, x: PyTree, microbatch_size: int | None) -> PyTree:
-    """`vmap` over the rows of x, at most `microbatch_size` of them at a time.
-
-    Where JAX cannot batch the function, as with `jax.lax.ragged_dot`, callbacks without a `vmap_method` and ordered
-    ones, the rows are taken one after another.
-    """
-    n = jax.tree.leaves(x)[0].shape[0]
-
-    def together(x):
-        if microbatch_size is None or microbatch_size >= n:
-            return jax.vmap(function)(x)
-        return jax.lax.map(function, x, batch_size=microbatch_size)
-
-    with contextlib.suppress(NotImplementedError, ValueError):
-        return jax.jit(together, inline=True)(x)  # traced apart: an attempt that fails leaves nothing behind
-    return jax.lax.map(function, x)
-
-
-def sum_blocks(function, batch: tuple[PyTree, ...], microbatch_size: int | None) -> PyTree:
-    """Sum of `function(*block)` over blocks of at most `microbatch_size` examples, one block held at a time."""
-    n = jax.tree.leaves(batch)[0].shape[0]
-    size = min(microbatch_size or n, n)
-    whole = n // size * size
-    blocks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, size, *leaf.shape[1:]), batch)
-
-    def add(total, block):
-        return jax.tree.map(jnp.add, total, function(*block)), None
-
-    total = function(*jax.tree.map(lambda leaf: leaf[0], blocks))
-    if whole > size:
-        total, _ = jax.lax.scan(add, total, jax.tree.map(lambda leaf: leaf[1:], blocks))
-    return add(total, jax.tree.map(lambda leaf: leaf[whole:], batch))[0] if whole < n else total

@@ -11,17 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from entk._checks.apply import PyTree, check_microbatch_size, check_params, num_examples
-from entk._checks.independence import check_independent, kind, one_row, passed, remember
+from entk._batching import map_examples, one_row
+from entk._checks.arguments import check_params, num_examples
+from entk._checks.counts import check_microbatch_size
+from entk._checks.independence import check_independent
 from entk._checks.misuse import check_function
-from entk._kernels.jacobian import free_promotion, map_examples
+from entk._checks.passed import kind, passed, remember
 from entk._kernels.row_moments import add_examples, no_examples, over_all
 from entk._parameters import differentiable
+from entk._precision import free_promotion
 from entk._structured.contractions import JacobianBlocks
 from entk._structured.factors import FactoredModel, Part
 from entk._structured.products import Lookup
 from entk._structured.strategy import example_bytes
 from entk._tracing.pinned import Pinned, pin
+from entk._types import PyTree
 
 BLOCK_BYTES = 2**26  # of per-example gradients and intermediate results, where microbatch_size leaves the choice
 

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from jaxtyping import Array, Float
 
-from entk._checks.apply import ApplyFn, OutputSpec, PyTree, check_apply_pair, pin_model
+from entk._checks.apply import check_apply_pair, pin_model
 from entk._kernels.sharded import place_of_rows, sharded_ntk
+from entk._kernels.strategy import Strategy
 from entk._structured.strategy import Structured
-
-
-class Strategy(Protocol):
-    """How a kernel is computed: `Structured` or `FullJacobian`. Hashable, so that it is compiled for once."""
-
-    def check(self, params: PyTree, spec1: OutputSpec, spec2: OutputSpec, symmetric: bool) -> None:
-        """Refuses what would not fit, before anything is allocated."""
-        ...
-
-    def kernel(self, apply_fn: ApplyFn, params: PyTree, x1: PyTree, x2: PyTree | None) -> Array:
-        """K of shape (n₁·c, n₂·c); the arguments have been checked."""
-        ...
+from entk._types import ApplyFn, PyTree
 
 
 def empirical_ntk(

@@ -9,19 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from entk._checks.apply import (
-    ApplyFn,
-    PyTree,
-    check_apply_pair,
-    check_count,
-    check_fits,
-    check_microbatch_size,
-    num_params,
-    pin_model,
-)
-from entk._kernels.jacobian import free_promotion, map_examples, model_precision, sum_blocks
+from entk._batching import map_examples, sum_blocks
+from entk._checks.apply import check_apply_pair, pin_model
+from entk._checks.counts import check_count, check_microbatch_size
+from entk._checks.memory import check_fits
 from entk._kernels.ntk import empirical_ntk
-from entk._parameters import differentiable
+from entk._parameters import differentiable, num_params
+from entk._precision import free_promotion, model_precision
+from entk._types import ApplyFn, PyTree
 
 
 @jax.tree_util.register_pytree_with_keys_class

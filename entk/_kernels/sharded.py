@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,13 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from entk._checks.apply import ApplyFn, OutputSpec, PyTree, check_apply_pair, check_fits, pin_model
-from entk._kernels.jacobian import free_promotion, map_examples
+from entk._batching import map_examples
+from entk._checks.apply import OutputSpec, check_apply_pair, pin_model
+from entk._checks.memory import check_fits
+from entk._kernels.strategy import Strategy
+from entk._precision import free_promotion
 from entk._structured.strategy import Structured, contract, matched, prepare_example
-
-if TYPE_CHECKING:
-    from entk._kernels.ntk import Strategy
+from entk._types import ApplyFn, PyTree
 
 
 class Place(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from entk._kernels.jacobian import PRECISION
+from entk._precision import matmul
 
 Kernel = Float[Array | np.ndarray, "N N"]
 
@@ -121,9 +121,9 @@ def principal_angles(k: Kernel, k0: Kernel, rank: int) -> Float[Array, " r"]:
     rank = int(rank)
     u = jnp.linalg.eigh(k)[1][:, -rank:]
     v = jnp.linalg.eigh(k0)[1][:, -rank:]
-    overlap = jnp.matmul(u.T, v, precision=PRECISION)
+    overlap = matmul(u.T, v)
     cosines = jnp.clip(jnp.linalg.svd(overlap, compute_uv=False), 0, 1)
-    sines = jnp.clip(jnp.linalg.svd(v - jnp.matmul(u, overlap, precision=PRECISION), compute_uv=False), 0, 1)[::-1]
+    sines = jnp.clip(jnp.linalg.svd(v - matmul(u, overlap), compute_uv=False), 0, 1)[::-1]
     return jnp.where(cosines**2 > 0.5, jnp.arcsin(sines), jnp.arccos(cosines))
 
 
@@ -181,5 +181,5 @@ def target_alignment(k: Kernel, targets: Float[Array | np.ndarray, " N"]) -> Flo
         raise ValueError(f"targets has shape {jnp.shape(targets)}, but the kernel needs ({k.shape[0]},).")
     k = _scaled(k)
     y = jnp.asarray(targets) / jnp.abs(jnp.asarray(targets)).max()
-    share = jnp.vdot(y, jnp.matmul(k, y, precision=PRECISION)) / (jnp.vdot(y, y) * jnp.linalg.norm(k))
+    share = jnp.vdot(y, matmul(k, y)) / (jnp.vdot(y, y) * jnp.linalg.norm(k))
     return jnp.clip(share, -1, 1)

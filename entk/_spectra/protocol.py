@@ -11,8 +11,6 @@ from jax.tree_util import Partial
 
 from entk._tracing.pinned import pin
 
-PyTree = Any
-
 
 class LinearOperator(Protocol):
     """Anything with `shape` and `mv`, for vectors (N,) and blocks (N, r); `dtype` is read too where there is one.

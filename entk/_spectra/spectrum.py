@@ -12,8 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float
 from matfree import decomp
 
-from entk._checks.apply import check_count, check_fits
-from entk._kernels.jacobian import PRECISION, free_promotion, map_examples, model_precision
+from entk._batching import map_examples
+from entk._checks.counts import check_count
+from entk._checks.memory import check_fits
+from entk._precision import free_promotion, matmul, model_precision
 from entk._spectra.protocol import LinearOperator, check_key, check_operator, matvec_of, product
 from entk._spectra.trace import Estimate, estimate_mean
 
@@ -193,7 +195,7 @@ class SpectralDensity(NamedTuple):
             raise ValueError(f"width={width} must be positive, in the unit of the eigenvalues.")
         distance = (jnp.asarray(grid)[:, None] - self.nodes.ravel()) / width
         peaks = jnp.exp(-(distance**2) / 2) / (width * jnp.sqrt(2 * jnp.pi).astype(distance.dtype))
-        return jnp.matmul(peaks, self.weights.ravel(), precision=PRECISION) / len(self.nodes)
+        return matmul(peaks, self.weights.ravel()) / len(self.nodes)
 
     @free_promotion()
     def effective_rank(self) -> Estimate:

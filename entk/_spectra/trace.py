@@ -12,8 +12,8 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 from matfree import stochtrace
 
-from entk._checks.apply import check_count
-from entk._kernels.jacobian import free_promotion, model_precision
+from entk._checks.counts import check_count
+from entk._precision import free_promotion, model_precision
 from entk._spectra.protocol import LinearOperator, check_key, check_operator, matvec_of, product
 
 

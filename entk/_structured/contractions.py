@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from entk._precision import row_products
 from entk._structured.factors import Factors, Part
 from entk._structured.products import Lookup
+from entk._types import PyTree
 
-PyTree = Any
 CACHED_NUMBERS = 2**19  # 2 MiB of float32
 
 
@@ -65,12 +66,6 @@ def numbers_seen(part: Part) -> tuple[int, ...]:
     return (1 if all(isinstance(use, Lookup) for use in part.uses) else first, *rest)
 
 
-def product(rows: Array, columns: Array, precision: lax.PrecisionLike) -> Array:
-    """rows @ columns.T, accumulated and returned in float32 at least."""
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
-    return jnp.matmul(rows, columns.T, precision=precision, preferred_element_type=dtype)
-
-
 @dataclass(frozen=True)
 class JacobianBlocks:
     """Forms the leaf's block of the Jacobian and multiplies it with that of the other examples.
@@ -113,7 +108,7 @@ class JacobianBlocks:
 
     def block(self, part, rows, columns, precision):
         flat = [
-            product(row.reshape(-1, row.shape[-1]), column.reshape(-1, column.shape[-1]), precision)
+            row_products(row.reshape(-1, row.shape[-1]), column.reshape(-1, column.shape[-1]), precision)
             for row, column in zip(rows, columns, strict=True)
         ]
         return sum(flat[1:], flat[0])
@@ -213,7 +208,7 @@ def _pairs(rows: Factors, columns: Factors, bias: bool, precision: lax.Precision
     dtype = jnp.promote_types(rows.cotangent.dtype, jnp.float32)
     if r1 == r2 == 1:
         seen = _gram(rows.activation[:, 0], columns.activation[:, 0], dtype, precision) + bias
-        pulled = product(rows.cotangent.reshape(-1, outputs), columns.cotangent.reshape(-1, outputs), precision)
+        pulled = row_products(rows.cotangent.reshape(-1, outputs), columns.cotangent.reshape(-1, outputs), precision)
         return (pulled.reshape(n1, c, n2, c) * seen[:, None, :, None]).reshape(n1 * c, n2 * c)
 
     def single(rows, columns):
@@ -261,7 +256,7 @@ def _position_pairs(rows: Factors, columns: Factors, bias: bool, precision: lax.
             def of_column(column):
                 seen_j, pulled_j = column
                 seen = _gram(seen_i, seen_j, dtype, precision) + bias  # (t1·R, R)
-                right = product(seen, pulled_j.reshape(r2, -1).T, precision).reshape(t1 * r1, c, width)
+                right = row_products(seen, pulled_j.reshape(r2, -1).T, precision).reshape(t1 * r1, c, width)
                 blocks = jnp.einsum(
                     "xah,xbh->xab", pulled_i, right, precision=precision, preferred_element_type=right.dtype
                 )
@@ -303,7 +298,7 @@ def _gram(rows: Array, columns: Array, dtype: jnp.dtype, precision: lax.Precisio
     """A_i·A_j for (m, inputs) and (n, inputs) activations; indices are equal or not."""
     if jnp.issubdtype(rows.dtype, jnp.integer):
         return ((rows[:, None] == columns) & (columns >= 0)).astype(dtype)
-    return product(rows, columns, precision).astype(dtype)
+    return row_products(rows, columns, precision).astype(dtype)
 
 
 def _even(total: int, most: int) -> int:

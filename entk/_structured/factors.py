@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from entk._checks.apply import ApplyFn, PyTree
-from entk._kernels.jacobian import map_examples, model_precision
+from entk._batching import map_examples
 from entk._parameters import differentiable
+from entk._precision import model_precision
 from entk._structured.convolution import convolution
 from entk._structured.products import Conv, Lookup, Sizes, Use
 from entk._structured.uses import Scope, Uses
 from entk._tracing.jaxpr import bind, intermediate_bytes, is_literal
+from entk._types import ApplyFn, PyTree
 
 
 class Factors(NamedTuple):

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from entk._checks.apply import ApplyFn, PyTree, check_apply_pair, pin_model
-from entk._kernels.jacobian import free_promotion
+from entk._checks.apply import check_apply_pair, pin_model
+from entk._precision import free_promotion
 from entk._structured.contractions import Contraction
 from entk._structured.strategy import Structured, in_slices, matched, workspace
 from entk._text import as_text
+from entk._types import ApplyFn, PyTree
 
 
 @dataclass(frozen=True)

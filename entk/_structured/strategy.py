@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from entk._checks.apply import ApplyFn, OutputSpec, PyTree, check_fits
-from entk._kernels.jacobian import PRECISION, free_promotion, map_examples
+from entk._batching import map_examples
+from entk._checks.apply import OutputSpec
+from entk._checks.memory import check_fits
+from entk._precision import PRECISION, free_promotion
 from entk._structured.contractions import CACHED_NUMBERS, Contraction, Cost, JacobianBlocks, PositionPairs, numbers_seen
 from entk._structured.factors import FactoredModel, Factors, Part
 from entk._structured.products import Sizes
+from entk._types import ApplyFn, PyTree
 
 CHUNK_BYTES = 2**26  # of examples differentiated at once: more is no faster
 SMALLEST_TILE = 160  # rows of K: smaller matrices are multiplied more slowly than one triangle saves

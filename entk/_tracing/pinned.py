@@ -21,8 +21,6 @@ from jax.sharding import AxisType, NamedSharding
 
 from entk._parameters import differentiable
 
-PyTree = Any
-
 COMPARED_BYTES = 2**26  # of two arrays that are not one object; larger ones count as different
 # Of where a trace is made and where its arrays are to be, which no value depends on; `policy` is what remat keeps.
 PLACES = {

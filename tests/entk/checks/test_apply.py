@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import entk._checks.apply
 import entk._checks.independence
+import entk._checks.memory
+import entk._checks.passed
 from entk import empirical_ntk, jacobian, ntk_vector_product
 from entk._checks.apply import check_apply
 from entk._checks.cgroup import cgroup_headroom
@@ -443,17 +444,17 @@ def test_what_apply_fn_closes_over_may_be_traced():
     def compute(scale):
         return jacobian(lambda params, x: scale * softmax_over_the_batch(params, x), PARAMS, X)
 
-    passed = dict(entk._checks.independence._PASSED)
+    passed = dict(entk._checks.passed._PASSED)
     assert jax.jit(compute)(2.0).shape == (5, 2, 26)
     assert jax.vmap(compute)(jnp.ones(3)).shape == (3, 5, 2, 26)
-    assert passed == entk._checks.independence._PASSED
+    assert passed == entk._checks.passed._PASSED
 
 
 def test_what_is_remembered_is_bounded():
     for _ in range(2):
-        for _ in range(entk._checks.independence.MAX_PASSED):
-            entk._checks.independence.remember(object())
-        assert len(entk._checks.independence._PASSED) == entk._checks.independence.MAX_PASSED
+        for _ in range(entk._checks.passed.MAX_PASSED):
+            entk._checks.passed.remember(object())
+        assert len(entk._checks.passed._PASSED) == entk._checks.passed.MAX_PASSED
 
 
 ON_EIGHT_DEVICES = """
@@ -568,11 +569,11 @@ def test_no_control_groups_at_all(tmp_path):
 
 
 def test_the_smaller_of_machine_and_control_group_is_available(monkeypatch):
-    whole = entk._checks.apply.available_bytes()
-    monkeypatch.setattr(entk._checks.apply, "cgroup_headroom", lambda: 12345)
+    whole = entk._checks.memory.available_bytes()
+    monkeypatch.setattr(entk._checks.memory, "cgroup_headroom", lambda: 12345)
     if jax.default_backend() == "cpu":
-        assert entk._checks.apply.available_bytes() == 12345
+        assert entk._checks.memory.available_bytes() == 12345
         with pytest.raises(MemoryError, match=r"takes .* GiB and 0\.0 GiB are available"):
             jacobian(apply_fn, PARAMS, batch(0, 1000))
-    monkeypatch.setattr(entk._checks.apply, "cgroup_headroom", lambda: math.inf)
-    assert entk._checks.apply.available_bytes() > whole / 2
+    monkeypatch.setattr(entk._checks.memory, "cgroup_headroom", lambda: math.inf)
+    assert entk._checks.memory.available_bytes() > whole / 2

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import entk._checks.apply
+import entk._checks.memory
 from entk import NtkOperator, empirical_ntk, gradient_moments, jacobian
 from entk._checks.rlimit import rlimit_headroom
 from tests.entk.mlp_oracle import apply_fn as mlp
@@ -136,9 +136,9 @@ def test_limits_of_the_process(monkeypatch):
         assert rlimit_headroom() == left
     monkeypatch.setattr("entk._checks.rlimit.resource", None)
     assert rlimit_headroom() == float("inf")
-    monkeypatch.setattr(entk._checks.apply, "rlimit_headroom", lambda: 4321)
+    monkeypatch.setattr(entk._checks.memory, "rlimit_headroom", lambda: 4321)
     if jax.default_backend() == "cpu":
-        assert entk._checks.apply.available_bytes() == 4321
+        assert entk._checks.memory.available_bytes() == 4321
 
 
 UNDER_A_LIMIT = """

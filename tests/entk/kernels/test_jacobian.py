@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
-import entk._checks.apply
+import entk._checks.memory
 import entk._kernels.jacobian
 from entk import FullJacobian, Structured, empirical_ntk, jacobian, ntk_vector_product
+from entk._parameters import num_params
 from tests.entk.mlp_oracle import (
     apply_fn,
     assert_close,
@@ -146,7 +147,7 @@ def test_integers_booleans_and_random_keys_are_constants(microbatch_size):
 
 def test_constants_do_not_count_as_parameters():
     params = {"index": np.arange(7), "w": np.ones((3, 2)), "key": jax.random.key(0), "scale": 1.5}
-    assert entk._checks.apply.num_params(params) == 7
+    assert num_params(params) == 7
 
 
 def test_a_frozen_parameter_has_columns_of_zeros():
@@ -469,7 +470,7 @@ def peak_bytes():
 
 
 def test_a_jacobian_of_512_x_10_x_1M_is_refused_before_memory_is_spent(monkeypatch):
-    monkeypatch.setattr(entk._checks.apply, "available_bytes", lambda: 32 * 2**30)
+    monkeypatch.setattr(entk._checks.memory, "available_bytes", lambda: 32 * 2**30)
     table, rows = jnp.zeros((100_000, 10)), jnp.arange(512)
     before = peak_bytes()
     message = (
@@ -511,7 +512,7 @@ def test_memory_is_read_from_the_device_or_else_the_machine(monkeypatch):
             self.memory_stats = lambda: stats
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device({"bytes_limit": 100, "bytes_in_use": 30})])
-    assert entk._checks.apply.available_bytes() == 70
+    assert entk._checks.memory.available_bytes() == 70
     for stats in (None, {}):
         monkeypatch.setattr(jax, "local_devices", lambda stats=stats: [Device(stats)])
-        assert entk._checks.apply.available_bytes() > 2**20
+        assert entk._checks.memory.available_bytes() > 2**20

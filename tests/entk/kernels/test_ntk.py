@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import entk._checks.apply
+import entk._checks.memory
 import entk._kernels.full_jacobian
 from entk import FullJacobian, Structured, empirical_ntk
 from tests.entk.mlp_oracle import assert_close, batch, init
@@ -210,13 +210,13 @@ def test_bad_x2(x2, error, message):
 def test_memory_foreseen(monkeypatch, x2, microbatch_size, numbers):
     """One byte less than Jacobian rows and twice the kernel take is refused, and as much is not."""
     assert sum(leaf.size for leaf in PARAMS.values()) == 26
-    monkeypatch.setattr(entk._checks.apply, "available_bytes", lambda: 8 * numbers - 1)
+    monkeypatch.setattr(entk._checks.memory, "available_bytes", lambda: 8 * numbers - 1)
     with pytest.raises(
         MemoryError,
         match=r"GiB are available\. .*\d of the 6 examples.* would fit\. Pass a smaller microbatch_size, or use",
     ):
         empirical_ntk(apply_fn, PARAMS, X_S, x2, strategy=FullJacobian(microbatch_size))
-    monkeypatch.setattr(entk._checks.apply, "available_bytes", lambda: 8 * numbers)
+    monkeypatch.setattr(entk._checks.memory, "available_bytes", lambda: 8 * numbers)
     assert empirical_ntk(apply_fn, PARAMS, X_S, x2, strategy=FullJacobian(microbatch_size)).size > 0
 
 

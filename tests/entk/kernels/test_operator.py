@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import entk._checks.apply
+import entk._checks.memory
 import entk._kernels.operator
 from entk import NtkOperator, ntk_vector_product
 from tests.entk.mlp_oracle import assert_close, batch, init
@@ -455,12 +455,12 @@ def test_memory_foreseen(monkeypatch, probe_batch_size, microbatch_size, copies)
     """One byte less than the copies of the 26 parameters take is refused, and as much is not."""
     k = operator(probe_batch_size=probe_batch_size, microbatch_size=microbatch_size)
     monkeypatch.setattr(entk._kernels.operator, "_product", lambda k, vector: vector)
-    monkeypatch.setattr(entk._checks.apply, "available_bytes", lambda: 8 * 26 * copies - 1)
+    monkeypatch.setattr(entk._checks.memory, "available_bytes", lambda: 8 * 26 * copies - 1)
     with pytest.raises(
         MemoryError, match=r"pushing \d probes at once through 26 float64 .*Pass a smaller probe_batch_size"
     ):
         k.mv(np.ones((12, 5)))
-    monkeypatch.setattr(entk._checks.apply, "available_bytes", lambda: 8 * 26 * copies)
+    monkeypatch.setattr(entk._checks.memory, "available_bytes", lambda: 8 * 26 * copies)
     k.mv(np.ones((12, 5)))
 
 
@@ -468,6 +468,6 @@ def test_memory_foreseen(monkeypatch, probe_batch_size, microbatch_size, copies)
 def test_a_matrix_that_does_not_fit_is_refused_at_every_call(monkeypatch, preconditioner):
     k = operator(preconditioner=preconditioner)
     k.as_matrix()
-    monkeypatch.setattr(entk._checks.apply, "available_bytes", lambda: 100)
+    monkeypatch.setattr(entk._checks.memory, "available_bytes", lambda: 100)
     with pytest.raises(MemoryError, match="8 x 12 kernel"):
         k.as_matrix()

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import io_callback
 
 from entk import FullJacobian, NtkOperator, empirical_ntk, gradient_moments, jacobian, plan
-from entk._kernels.jacobian import map_examples
+from entk._batching import map_examples
 from entk._tracing.jaxpr import CALLS, called
 from tests.entk.mlp_oracle import assert_close
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import entk
-import entk._checks.apply
+import entk._checks.memory
 import entk._spectra.spectrum
 from entk import Hutchinson, NtkOperator, XTrace, spectral_density, top_eigenpairs, trace
 from entk._spectra.spectrum import SpectralDensity, nodes_and_weights
@@ -503,8 +503,8 @@ def test_bad_methods(method):
 def test_memory_foreseen(monkeypatch, call, numbers, message):
     for name in ("_block_lanczos", "_dense_eigenpairs", "_quadrature", "_exact_density"):
         monkeypatch.setattr(entk._spectra.spectrum, name, lambda *_: (None, None))
-    monkeypatch.setattr(entk._checks.apply, "available_bytes", lambda: 8 * numbers - 1)
+    monkeypatch.setattr(entk._checks.memory, "available_bytes", lambda: 8 * numbers - 1)
     with pytest.raises(MemoryError, match=message):
         call(dense(HARMONIC))
-    monkeypatch.setattr(entk._checks.apply, "available_bytes", lambda: 8 * numbers)
+    monkeypatch.setattr(entk._checks.memory, "available_bytes", lambda: 8 * numbers)
     call(dense(HARMONIC))
