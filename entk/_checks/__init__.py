@@ -1,0 +1,1 @@
+"""What every entry asks of its arguments before memory is spent."""

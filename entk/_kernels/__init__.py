@@ -1,0 +1,1 @@
+"""Per-example Jacobians, kernels and gradient moments."""

@@ -1,0 +1,1 @@
+"""Linear operators: eigenpairs, densities, traces, and how kernels change."""

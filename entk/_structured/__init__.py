@@ -1,0 +1,1 @@
+"""The fast strategy: products with parameters, factored and contracted."""

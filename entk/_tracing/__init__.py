@@ -1,0 +1,1 @@
+"""Functions as programs: their jaxprs, read, walked and compared."""
