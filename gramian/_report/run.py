@@ -98,7 +98,7 @@ class TrainingReport(Shown):
           path: file to write the page to, e.g. "report.png"; None writes nothing.
 
         Returns:
-          The matplotlib `Figure`. `gramian.training_plots` has each picture by itself.
+          The matplotlib `Figure`. `gramian.plots.run` has each picture by itself.
 
         Raises:
           ValueError: a file that matplotlib cannot write, or a folder that does not exist; before anything is drawn.

@@ -69,7 +69,7 @@ def test_no_circles_of_files():
 def test_the_search_sees_every_way_to_import(tmp_path):
     path = tmp_path / "some.py"
     path.write_text(
-        "import entk\nimport entk._text\nfrom entk import _types, trace\nif 0:\n    from entk._kernels.ntk import Strategy\n"
+        "import entk\nimport entk._text\nfrom entk import _types, trace\nif 0:\n    from entk._kernels.ntk import S\n"
         "def f():\n    from entk._checks import apply\n"
     )
     assert imported_by(path) == {"__init__", "_text", "_types", "_kernels.ntk", "_checks.apply"}

@@ -48,7 +48,7 @@ def test_quickstart_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     # Interrupted when the run is over and saved, but nothing is written yet.
-    monkeypatch.setattr("gramian._report.signal_channel", stop)
+    monkeypatch.setattr("gramian._report.flow.signal_channel", stop)
     with pytest.raises(KeyboardInterrupt):
         quickstart(settings)
     monkeypatch.undo()

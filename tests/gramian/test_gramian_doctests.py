@@ -8,7 +8,7 @@ import pytest
 
 import gramian
 
-MODULES = [f"gramian.{module.name}" for module in pkgutil.iter_modules(gramian.__path__) if module.name != "plots"]
+MODULES = [module.name for module in pkgutil.walk_packages(gramian.__path__, "gramian.") if ".plots" not in module.name]
 
 
 @pytest.mark.parametrize("name", MODULES)

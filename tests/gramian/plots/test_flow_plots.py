@@ -364,6 +364,6 @@ def test_a_surface_needs_a_third_dimension():
 
 
 def test_docstring_examples():
-    results = doctest.testmod(plots)
+    results = doctest.testmod(plots.flow)
     assert results.failed == 0
     assert results.attempted > 0
