@@ -1,6 +1,6 @@
 """The user's functions as they are when a flow or a run begins: models, losses, observables, optimizers.
 
-All of them are static arguments of compiled steps. `entk._pinned` says why each is traced afresh, and what happens to
+All of them are static arguments of compiled steps. `entk._tracing.pinned` says why each is traced afresh, and what happens to
 one that changes on the way.
 """
 

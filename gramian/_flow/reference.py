@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,9 @@ from gramian._losses import OutputLoss, block_product
 from gramian._operators import Operators, init_operators
 from gramian._pinning import pinned_problem
 from gramian._problem import KernelSource
+
+if TYPE_CHECKING:
+    import diffrax
 
 PyTree = Any
 
@@ -37,7 +39,7 @@ def reference_flow(
     *,
     t0: float = 0.0,
     t1: float,
-    solver: diffrax.AbstractAdaptiveSolver = diffrax.Tsit5(),
+    solver: diffrax.AbstractAdaptiveSolver | None = None,
     rtol: float = 1e-8,
     atol: float = 1e-10,
     max_steps: int = 100_000,
@@ -56,8 +58,8 @@ def reference_flow(
       loss: convex loss of the outputs, e.g. `squared_loss(y_s)`.
       x_q: test inputs, m examples; None leaves G empty.
       t0, t1: training time, t1 > t0.
-      solver: any adaptive solver of diffrax: `diffrax.Tsit5()` (explicit, order 5), `diffrax.Kvaerno5()` (implicit, for
-        stiff flows), ...
+      solver: any adaptive solver of diffrax: `diffrax.Tsit5()` (explicit, order 5), which None stands for,
+        `diffrax.Kvaerno5()` (implicit, for stiff flows), ...
       rtol, atol: local error of every step, root mean square over parameters and operators together, relative to the
         entries and absolute.
       max_steps: a flow that takes more trial steps is stopped with an error.
@@ -86,8 +88,11 @@ def reference_flow(
       >>> flow.params.round(6)
       Array([ 0.632121, -0.632121], dtype=float64)
     """
+    import diffrax  # where it is called: it takes longer to import than the rest of the package
+
     source = KernelSource(apply_fn, x_s, x_q)
     t0, t1, _ = check_times(t0, t1)
+    solver = diffrax.Tsit5() if solver is None else solver
     if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
         raise TypeError(f"solver={solver!r} is not an adaptive solver of diffrax; pass e.g. diffrax.Tsit5().")
     max_steps = check_count("max_steps", max_steps)
@@ -153,6 +158,8 @@ def _field(t: Array, state: _State, problem: tuple[KernelSource, OutputLoss]) ->
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _solve(solver, max_steps, operators, source, loss, params, t0, t1, rtol, atol):
+    import diffrax
+
     u_s, u_q = source.outputs(params)
     start = _State(params, init_operators(u_s.size, u_q.size, u_s.dtype) if operators else None)
     steps = diffrax.SubSaveAt(t0=True, steps=True, fn=lambda t, state, _: loss.value(source.outputs(state.params)[0]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from gramian._flow.flow import Flow
 from gramian._flow.observables import ChannelFill
@@ -49,6 +48,8 @@ def fill_order(flow: Flow) -> FillOrder:
       >>> round(fill_order(flow).correlation, 6)
       1.0
     """
+    from scipy.stats import spearmanr  # a third of the time that the package takes to import
+
     filled = flow.recorded(ChannelFill)
     if filled is None:
         raise ValueError("the flow has no record of the channel's filling; pass observables={'fill': ChannelFill()}.")

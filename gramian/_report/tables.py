@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backend_bases import FigureCanvasBase
 from rich.console import Console, Group
 from rich.table import Table
 
@@ -96,6 +95,8 @@ def check_figure_path(path: Any) -> Path | None:
         return None
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path={path!r} is a {type(path).__name__}, but must name a file, e.g. 'report.png'.")
+    from matplotlib.backend_bases import FigureCanvasBase
+
     file, known = Path(path), sorted(FigureCanvasBase.get_supported_filetypes())
     if file.suffix[1:].lower() not in known:
         raise ValueError(f"path={str(path)!r} ends in {file.suffix!r}, but must end in one of {', '.join(known)}.")

@@ -102,7 +102,7 @@ def test_bad_times(times, message):
 
 def test_what_would_not_fit_is_refused_with_its_size_and_the_ways_out(monkeypatch):
     monkeypatch.setattr(gramian._problem, "empirical_ntk", None)
-    monkeypatch.setattr("entk._checks.available_bytes", lambda: 2**20)
+    monkeypatch.setattr("entk._checks.memory.available_bytes", lambda: 2**20)
     n, p, m = 100, 3, 50
     x, x_q = np.ones((n, p)), np.ones((m, p))
     entries = 12 * n**2 + 3 * n * m
@@ -111,7 +111,7 @@ def test_what_would_not_fit_is_refused_with_its_size_and_the_ways_out(monkeypatc
     # To the byte: one less than what it takes is too little, and exactly that is enough.
     monkeypatch.undo()
     for room, fits in ((8 * entries - 1, False), (8 * entries, True)):
-        monkeypatch.setattr("entk._checks.available_bytes", lambda room=room: room)
+        monkeypatch.setattr("entk._checks.memory.available_bytes", lambda room=room: room)
         check = gramian._checks.check_problem
         problem = gramian.KernelSource(linear, x, x_q), squared_loss(np.ones(n)), W
         if fits:
@@ -123,7 +123,7 @@ def test_what_would_not_fit_is_refused_with_its_size_and_the_ways_out(monkeypatc
 
 def test_the_strategy_is_asked_whether_its_kernels_fit(monkeypatch):
     x, w = np.ones((20, 1000)), np.ones(1000)
-    monkeypatch.setattr("entk._checks.available_bytes", lambda: 8 * 10_000)
+    monkeypatch.setattr("entk._checks.memory.available_bytes", lambda: 8 * 10_000)
     with pytest.raises(MemoryError, match=r"20 x 1 x 1,000 Jacobian rows"):
         gradient_flow(linear, w, x, squared_loss(np.ones(20)), t1=1.0, strategy=FullJacobian())
     flow = gradient_flow(linear, w, x, squared_loss(np.ones(20)), t1=1.0, strategy=FullJacobian(microbatch_size=2))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from entk._spectrum import SpectralDensity
+from entk._spectra.spectrum import SpectralDensity
 from gramian import ritz_pairs, sampled_density
 from gramian._krylov import spectrum_of
 

@@ -1,6 +1,7 @@
 """Who may import whom: entk <- gramian, transforms alone, and nothing points back at what uses it."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,3 +67,10 @@ def test_only_public_jax(package):
 )
 def test_the_search_sees_every_way_to_reach_a_module(source, private):
     assert private in modules_imported_by(source) | attributes_of_jax_in(source)
+
+
+def test_importing_the_packages_imports_nothing_heavy():
+    heavy = {"diffrax", "equinox", "matplotlib", "scipy.stats"}
+    program = f"import sys, entk, gramian, transforms; print(*sorted({heavy!r} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []

@@ -48,12 +48,12 @@ def test_parameters_alone_are_the_same_and_form_no_kernel(monkeypatch):
     args = problem("logistic")
     whole = reference_flow(*args, t1=0.5)
     monkeypatch.setattr(gramian._problem, "empirical_ntk", None)
-    monkeypatch.setattr("entk._checks.available_bytes", lambda: 0)  # and they ask for no memory
+    monkeypatch.setattr("entk._checks.memory.available_bytes", lambda: 0)  # and they ask for no memory
     alone = reference_flow(*args, t1=0.5, operators=False)
     assert alone.operators is None
     assert relative(alone.params, whole.params) < 1e-8
     monkeypatch.undo()
-    monkeypatch.setattr("entk._checks.available_bytes", lambda: 0)
+    monkeypatch.setattr("entk._checks.memory.available_bytes", lambda: 0)
     with pytest.raises(MemoryError, match=r"a dense flow of N = 5 x 1 training and M = 3 x 1 test outputs"):
         reference_flow(*args, t1=0.5)
 
