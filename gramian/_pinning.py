@@ -1,7 +1,7 @@
 """The user's functions as they are when a flow or a run begins: models, losses, observables, optimizers.
 
-All of them are static arguments of compiled steps. `entk._tracing.pinned` says why each is traced afresh, and what happens to
-one that changes on the way.
+All of them are static arguments of compiled steps. `entk._tracing.pinned` says why each is traced afresh, and what
+happens to one that changes on the way.
 """
 
 from __future__ import annotations
