@@ -16,19 +16,20 @@ from gramian import (
     Integrator,
     RealizedPath,
     Recorder,
-    _realized,
     gradient_flow,
     minibatches,
     record_training,
 )
+from gramian._run import path as realized
 from gramian._storage.interrupts import Pace, answer, interruptible
 from tests.gramian.flow_problems import leaves_differ, problem
 from tests.gramian.training_problems import OPTIMIZERS, PARAMS, SOFTMAX, N, X, apply_fn, record
 
+ROOT = Path(__file__).parents[2]
 WORKER = """
 import sys, jax
 jax.config.update("jax_enable_x64", True)
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {root!r})
 from tests.gramian.training_problems import *
 from gramian import analyze_training
 {patch}
@@ -51,7 +52,7 @@ def as_in_a_terminal():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_process_ends_with_one_line(number, tmp_path):
     """Exit status as ever, one line, and a state that the same call goes on from."""
-    code = WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "run"), patch="")
+    code = WORKER.format(root=str(ROOT), folder=str(tmp_path / "run"), patch="")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     deadline = time.monotonic() + 60
@@ -157,16 +158,16 @@ def test_a_sweep_keeps_its_last_segment(direction, tmp_path, monkeypatch, capsys
     whole = RealizedPath(run, None, 1).backward(psi, of="motion")
     store = tmp_path / "sweeps"
     with monkeypatch.context() as patch:
-        send_when(patch, _realized, direction, 2)
+        send_when(patch, realized, direction, 2)
         with pytest.raises(KeyboardInterrupt, match=f"which is kept in {store}; the same call goes on"):
             RealizedPath(run, None, 1, store).backward(psi, of="motion")
         assert one_line(capsys)
     with monkeypatch.context() as patch:
-        calls = send_when(patch, _realized, direction, 100)
+        calls = send_when(patch, realized, direction, 100)
         np.testing.assert_array_equal(RealizedPath(run, None, 1, store).backward(psi, of="motion"), whole)
         assert len(calls) == len(list(run.segments())) - 2
     with monkeypatch.context() as patch:
-        send_when(patch, _realized, direction, 2)
+        send_when(patch, realized, direction, 2)
         with pytest.raises(KeyboardInterrupt, match="Nothing was kept: with store=folder"):
             RealizedPath(run, None, 1).backward(psi, of="motion")
 

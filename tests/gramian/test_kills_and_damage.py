@@ -21,23 +21,24 @@ from gramian import (
     RealizedPath,
     Recorder,
     Recording,
-    _realized,
     gradient_flow,
     minibatches,
     record_training,
 )
+from gramian._run import path as realized
 from gramian._storage.trees import digest
 from tests.gramian.flow_problems import problem
 from tests.gramian.training_problems import OPTIMIZERS, PARAMS, SOFTMAX, X_Q, N, X, apply_fn, record
 
+ROOT = Path(__file__).parents[2]
 FULL = os.environ.get("STORAGE_CAMPAIGN") == "1"
 KILLS, READERS, DAMAGES = (20, 20, 100) if FULL else (1, 1, 12)
 
 COMMON = """
 import sys, jax
 jax.config.update("jax_enable_x64", True)
-sys.path.insert(0, {tests!r})
-from test_kills_and_damage import *
+sys.path.insert(0, {root!r})
+from tests.gramian.test_kills_and_damage import *
 print("ready", flush=True)
 """
 RECORD = COMMON + "print('done', record_wide({folder!r}, {steps})[1].num_steps)"
@@ -53,7 +54,7 @@ def record_wide(folder, steps):
 
 def analysis(folder, store):
     """Digests of products with all operators, from sweeps that keep where they are at every step."""
-    _realized.KEEP_SECONDS, _realized.STEPS_AT_ONCE = 0.0, 1
+    realized.KEEP_SECONDS, realized.STEPS_AT_ONCE = 0.0, 1
     path = RealizedPath(Recording(folder, apply_fn, OPTIMIZERS["adam"], SOFTMAX, X, WIDE), X_Q, 1, store)
     psi = np.random.default_rng(3).normal(size=(12, 3 * N))
     found = [path.forward(psi), path.backward(psi, of="gramian"), path.backward(psi, of="motion")]
@@ -118,7 +119,7 @@ def test_kills_of_a_recording(tmp_path):
     """What they leave, gone on from, is the same files to the last byte."""
     steps, rng, folder = 150 * KILLS, np.random.default_rng(0), tmp_path / "killed"
     folder.mkdir()
-    code = RECORD.format(tests=str(Path(__file__).parent), folder=str(folder), steps=steps)
+    code = RECORD.format(root=str(ROOT), folder=str(folder), steps=steps)
     under_way = kills(code, folder, rng, 0.25)
     killed_at = max(int(path.stem) for path in folder.glob("*.save"))
     assert int(finish(code)) == steps > killed_at
@@ -136,11 +137,11 @@ def test_kills_of_a_recording(tmp_path):
 def test_kills_of_an_analysis(tmp_path, monkeypatch):
     """Five sweeps, killed at any moment and gone on from, end with the same bits."""
     for name in ("KEEP_SECONDS", "STEPS_AT_ONCE"):
-        monkeypatch.setattr(_realized, name, getattr(_realized, name))  # `analysis` sets them
+        monkeypatch.setattr(realized, name, getattr(realized, name))  # `analysis` sets them
     run, store, rng = tmp_path / "run", tmp_path / "sweeps", np.random.default_rng(1)
     record_wide(run, 60 if FULL else 30)
     store.mkdir()
-    code = ANALYZE.format(tests=str(Path(__file__).parent), run=str(run), folder=str(store))
+    code = ANALYZE.format(root=str(ROOT), run=str(run), folder=str(store))
     under_way = kills(code, store, rng, 0.1)
     done = len(list(store.glob("*.save")))
     print(f"{sum(under_way)} of {len(under_way)} kills fell into a save; {done} of 5 sweeps were done")
@@ -151,7 +152,7 @@ def test_readers_beside_a_writer(tmp_path):
     """Another process records, this one looks on as often as it can."""
     for k in range(READERS):
         folder = tmp_path / str(k)
-        writer = start(RECORD.format(tests=str(Path(__file__).parent), folder=str(folder), steps=90))
+        writer = start(RECORD.format(root=str(ROOT), folder=str(folder), steps=90))
         looks = set()
         while writer.poll() is None:
             try:
@@ -251,14 +252,14 @@ def test_damage_to_a_flow_checkpoint(tmp_path):
 def test_damage_to_sweeps(tmp_path, monkeypatch):
     """Finished ones and one under way, with its states on the way."""
     run, psi = record(tmp_path / "run", OPTIMIZERS["adam"], batches=minibatches(N, 4, 10))[1], np.ones((1, 3 * N))
-    monkeypatch.setattr(_realized, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(realized, "KEEP_SECONDS", 0.0)
 
     def work(folder):
         path = RealizedPath(run, X_Q, 1, folder)
         found = path.forward(psi), path.forward(2 * psi), path.backward(psi, of="motion")
         return digest(jax.device_get(found))
 
-    expected, plain, calls = work(tmp_path / "other"), _realized._backward, []
+    expected, plain, calls = work(tmp_path / "other"), realized._backward, []
 
     def stop(*args):
         calls.append(1)
@@ -266,9 +267,9 @@ def test_damage_to_sweeps(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(*args)
 
-    monkeypatch.setattr(_realized, "_backward", stop)
+    monkeypatch.setattr(realized, "_backward", stop)
     with pytest.raises(KeyboardInterrupt):
         work(tmp_path / "whole")
     assert len(list((tmp_path / "whole").rglob("*.save"))) > 4
-    monkeypatch.setattr(_realized, "_backward", plain)
+    monkeypatch.setattr(realized, "_backward", plain)
     damaged_often(tmp_path / "whole", work, expected, 12, tmp_path)

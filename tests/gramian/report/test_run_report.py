@@ -214,7 +214,7 @@ def test_examples_and_probes_on_eight_devices(tmp_path):
     code = f"""
 import sys, jax
 jax.config.update("jax_enable_x64", True)
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from tests.gramian.training_problems import *
 from gramian import RealizedPath, Recording

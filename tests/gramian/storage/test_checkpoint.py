@@ -109,7 +109,7 @@ def test_time_and_step_come_back_with_all_their_bits(dtype, tmp_path):
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {root!r})
 from pathlib import Path
 import numpy as np
 from tests.gramian.flow_problems import leaves_differ, problem
@@ -126,7 +126,7 @@ print(flow.num_steps, leaves_differ(flow, whole))
 
 def test_sigkill(tmp_path):
     """A process that is killed at a random moment between or within its saves; in 32-bit mode, as most runs are."""
-    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    script = SCRIPT.format(root=str(Path(__file__).parents[3]), folder=str(tmp_path))
     command = [sys.executable, "-c", script]
     environment = {**os.environ, "JAX_ENABLE_X64": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)

@@ -55,10 +55,10 @@ def test_programs_are_the_same_in_every_process():
     """Another order of hashes, another place in memory, caches filled by the same programs before."""
     code = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 import jax
 jax.config.update("jax_enable_x64", True)
-from test_fingerprint import programs
+from tests.gramian.storage.test_fingerprint import programs
 for _ in range(2):
     for name, told in programs().items():
         print(name, told, sep=";")
