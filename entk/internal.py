@@ -6,7 +6,7 @@ from entk._checks.counts import check_count
 from entk._checks.memory import check_fits
 from entk._kernels.strategy import Strategy
 from entk._parameters import num_params
-from entk._precision import model_precision
+from entk._precision import matmul, model_precision
 from entk._spectra.protocol import LinearOperator
 from entk._spectra.spectrum import SpectralDensity, nodes_and_weights
 from entk._text import as_text
@@ -31,6 +31,7 @@ __all__ = [
     "is_jaxpr",
     "is_literal",
     "map_examples",
+    "matmul",
     "model_precision",
     "nodes_and_weights",
     "num_params",

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from entk.internal import matmul
+
 ExampleLoss = Callable[[Array, Array], Array]
 
 
@@ -65,7 +67,7 @@ def block_product(blocks: Float[Array, "n c c"], matrix: Float[Array, "N ..."]) 
     """B v for a block-diagonal B: (n, c, c) blocks against (N,) or (N, r)."""
     n, c, _ = blocks.shape
     stacked = matrix.reshape(n, c, -1)
-    return jnp.matmul(blocks, stacked, precision=jax.lax.Precision.HIGHEST).reshape(matrix.shape)
+    return matmul(blocks, stacked).reshape(matrix.shape)
 
 
 def squared_loss(y: Float[Array, "n ..."]) -> OutputLoss:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gramian._flow.phi import FrozenKernel, integral, matmul, phi1, scale_rows
+from entk.internal import matmul
+from gramian._flow.phi import FrozenKernel, integral, phi1, scale_rows
 from gramian._losses import block_product
 
 

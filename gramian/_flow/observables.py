@@ -16,8 +16,7 @@ from entk import (
     principal_angles,
     target_alignment,
 )
-from entk.internal import check_count
-from gramian._flow.phi import matmul
+from entk.internal import check_count, matmul
 from gramian._flow.steppers import KernelPoint, rms
 from gramian._losses import OutputLoss, block_product
 from gramian._operators import Operators

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from entk.internal import matmul
 from gramian._losses import block_product
-
-PRECISION = jax.lax.Precision.HIGHEST
 
 
 class FrozenKernel(NamedTuple):
@@ -67,7 +65,3 @@ def phi2(z: Array) -> Array:
 
 def scale_rows(scale: Array, v: Array) -> Array:
     return scale.reshape(scale.shape + (1,) * (v.ndim - 1)) * v
-
-
-def matmul(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=PRECISION)

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from entk.internal import check_count
+from entk.internal import check_count, matmul
 from gramian._checks import check_problem, check_real, check_times
 from gramian._flow.flow import Flow, attainable
-from gramian._flow.phi import matmul
 from gramian._losses import OutputLoss, block_product
 from gramian._operators import Operators, init_operators
 from gramian._pinning import pinned_problem

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from entk.internal import map_examples, model_precision
+from entk.internal import map_examples, matmul, model_precision
 from gramian._losses import OutputLoss, block_product
 from gramian._run.linear_update import FrozenUpdate
 from gramian._run.training import TrainState, batch_gradient
@@ -179,8 +179,8 @@ def carry(
     remainder = jnp.tensordot(jnp.array(beyond, before.dtype), jnp.stack(hessians), 1)
 
     psi = jnp.concatenate([probes.psi, shared.forced.psi])
-    cross = _matmul(psi, pushed.T)
-    gramian = -(cross + cross.T) / 2 - _matmul(pushed, block_product(remainder, pushed.T))
+    cross = matmul(psi, pushed.T)
+    gramian = -(cross + cross.T) / 2 - matmul(pushed, block_product(remainder, pushed.T))
     psi = psi + block_product(hessian, pushed.T).T
     direction, top = shared.direction, jnp.zeros((), psi.dtype)
     if x_q is not None:
@@ -213,16 +213,12 @@ def _gauss(points: int) -> tuple[np.ndarray, np.ndarray]:
     return (nodes + 1) / 2, weights / 2
 
 
-def _matmul(a, b):
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
 def _motion(steps: PyTree, response: PyTree) -> Array:
     """DWᵀ N⁻¹ DW; where N is zero nothing has ever moved."""
     products = []
     for step, diagonal in zip(jax.tree.leaves(steps), jax.tree.leaves(response), strict=True):
         scaled = jnp.where(diagonal > 0, step / jnp.where(diagonal > 0, diagonal, 1), 0)
-        products.append(_matmul(scaled.reshape(len(step), -1), step.reshape(len(step), -1).T))
+        products.append(matmul(scaled.reshape(len(step), -1), step.reshape(len(step), -1).T))
     return sum(products[1:], products[0])
 
 

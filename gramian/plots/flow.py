@@ -43,17 +43,6 @@ if TYPE_CHECKING:
     from gramian._report.flow import Report
     from gramian._report.run import TrainingReport
 
-__all__ = [
-    "cells",
-    "kernel_drift",
-    "kernel_surface",
-    "loss",
-    "overview",
-    "residual_by_direction",
-    "spectrum",
-    "test_displacement",
-]
-
 LEAST = 1e3  # roundings that an axis spans at least: a kernel that stands still is drawn still
 
 
